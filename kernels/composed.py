@@ -1,0 +1,51 @@
+"""Attention over a cache composed of stock operators: for many new tokens at once, where dense GEMM kernels win."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kv_format, reference
+from .spec import AttentionSpec
+
+
+def decode_attention(
+    spec: AttentionSpec,
+    q: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """Append, read the cache back and call scaled_dot_product_attention; arguments as in the reference."""
+    if spec.softcap is not None or k_new is None or v_new is None:
+        return reference.decode_attention(spec, q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+    start, end, logical = (int(x) for x in lens)
+    n = q.shape[2]
+    kv_format.append(spec.key_format, k_buf, end, k_new)
+    kv_format.append(spec.value_format, v_buf, end, v_new)
+    k = kv_format.read(spec.key_format, k_buf, start, end + n, end + n)
+    v = kv_format.read(spec.value_format, v_buf, start, end + n, end + n)
+    queries = torch.arange(logical, logical + n, device=q.device)
+    if positions is None:
+        columns = torch.arange(k.shape[2], device=q.device).expand(q.shape[0], -1)
+    else:
+        positions[:, end : end + n] = queries.to(positions.dtype)
+        columns = positions[:, start : end + n].long()
+        if mask is not None:
+            wide = columns[:, None, None, :].expand(-1, mask.shape[1], n, -1)
+            mask = mask.expand(q.shape[0], -1, -1, -1).gather(3, wide)
+    seen = reference.visible(spec, columns, queries, mask)
+    return F.scaled_dot_product_attention(q, k, v, _combine(mask, seen, q.dtype), scale=spec.scale, enable_gqa=True)
+
+
+def _combine(mask: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or seen is None:
+        return seen if mask is None else mask
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.to(dtype).masked_fill(~seen, -torch.inf)

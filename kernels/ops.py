@@ -1,0 +1,78 @@
+"""The custom operators (namespace ``torchaccel``) under which kernels stand in a compiled graph."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .spec import AttentionSpec, LinearSpec
+
+_SCHEMAS = {
+    "attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, Tensor? mask, "
+    "Tensor(c!)? positions, str spec) -> Tensor",
+    "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
+    "attend_window": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
+    "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> torch.library.Library:
+    """Define the operators on first use (never at import) and return the library that keeps them alive."""
+    lib = torch.library.Library("torchaccel", "DEF")
+    for name, schema in _SCHEMAS.items():
+        lib.define(name + schema)
+    # Library.impl costs 2.5 us a call, custom_op 8 us: with one call per layer and step that matters.
+    for key in ("CPU", "CUDA"):
+        lib.impl("attend", _attend, key)
+        lib.impl("attend_static", _attend_static, key)
+        lib.impl("attend_window", _attend_window, key)
+        lib.impl("linear_rows", _linear_rows, key)
+    for name in ("attend", "attend_static", "attend_window"):
+        torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
+    torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
+    return lib
+
+
+def _attend(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    spec: str,
+) -> Tensor:
+    run = registry.attend(AttentionSpec.from_key(spec), q.device.type, q.shape[2])
+    return run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)  # type: ignore[no-any-return]
+
+
+def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
+    rows, slots = q.shape[2], k.shape[2]
+    run = registry.attend(AttentionSpec.from_key(spec), q.device.type, rows)
+    return run(q, None, None, k, v, torch.tensor([0, slots, slots - rows]), mask, None)  # type: ignore[no-any-return]
+
+
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
+    run = registry.prefill_attention(AttentionSpec.from_key(spec), q.device.type).run
+    return run(q, k, v, mask)  # type: ignore[no-any-return]
+
+
+def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
+    rows = x.numel() // max(x.shape[-1], 1)
+    spec = LinearSpec(dtype, rows, any(b is not None for b in biases))
+    return registry.linear(spec, x.device.type).run(x, weights, biases)  # type: ignore[no-any-return]
+
+
+def _like_query(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]

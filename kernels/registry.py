@@ -1,0 +1,84 @@
+"""Which implementation runs a spec on a device: generated C++, generated Triton, stock operators, or the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from . import composed, reference
+from .spec import AttentionSpec, LinearSpec
+
+# Above this many new tokens dense GEMM kernels beat one-row kernels, which read the cache once per row.
+MAX_KERNEL_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation, its name ("cpp", "triton", "composed", "reference"), and why a generated one was not taken."""
+
+    name: str
+    run: Callable[..., Any]
+    reason: str | None = None
+
+
+@lru_cache(maxsize=4096)
+def decode_attention(spec: AttentionSpec, device: str) -> Choice:
+    """The implementation of append-and-attend for up to ``MAX_KERNEL_ROWS`` new tokens."""
+    module = _attention_module(device, "decode")
+    reason = module.supports(spec) if module else f"no generated kernels for device {device}"
+    if reason is None:
+        return Choice(_name(device), module.decode_attention(spec))
+    return Choice("reference", partial(reference.decode_attention, spec), reason)
+
+
+@lru_cache(maxsize=4096)
+def prefill_attention(spec: AttentionSpec, device: str) -> Choice:
+    """The implementation of windowed attention of a prompt over itself."""
+    module = _attention_module(device, "prefill")
+    reason = module.supports(spec) if module else f"no generated kernels for device {device}"
+    if reason is None:
+        return Choice(_name(device), module.prefill_attention(spec))
+    return Choice("reference", partial(reference.prefill_attention, spec), reason)
+
+
+@lru_cache(maxsize=256)
+def linear(spec: LinearSpec, device: str) -> Choice:
+    """The implementation of a few-row linear layer."""
+    if device == "cpu":
+        from .cpp import linear as module
+
+        reason = module.supports(spec)
+        if reason is None:
+            return Choice("cpp", module.linear(spec))
+    else:
+        reason = f"no generated kernels for device {device}"
+    return Choice("reference", reference.linear, reason)
+
+
+def attend(spec: AttentionSpec, device: str, rows: int) -> Callable[..., Any]:
+    """The callable for ``rows`` new tokens: generated kernels for few, stock operators for many."""
+    if rows > MAX_KERNEL_ROWS:
+        return partial(composed.decode_attention, spec)
+    return decode_attention(spec, device).run
+
+
+def _name(device: str) -> str:
+    return "cpp" if device == "cpu" else "triton"
+
+
+def _attention_module(device: str, phase: str) -> Any:
+    if device == "cpu":
+        if phase == "decode":
+            from .cpp import attention as module
+        else:
+            from .cpp import window_prefill as module
+        return module
+    if device == "cuda":
+        if phase == "decode":
+            from .triton import decode_attention as module
+        else:
+            from .triton import window_prefill as module
+        return module
+    return None

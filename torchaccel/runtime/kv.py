@@ -1,0 +1,245 @@
+"""Logical KV tensors: ordinary tensors to the model, compressed storage underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from torchaccel.errors import EvictedTokensError
+from torchaccel.kernels.spec import DTYPES
+
+from .storage import Layout, Storage, store
+
+aten = torch.ops.aten
+
+
+class LogicalKV(Tensor):
+    """The keys or values of one layer, ``[B, H_kv, S, D]`` as far as anyone can see.
+
+    ``storage`` holds what the layout keeps of them in slots ``start .. end``. Without positions slot ``start + j`` is
+    column j; with positions fewer than S tokens are stored. Slicing the sequence, selecting or repeating batch rows,
+    ``clone``, ``detach`` and ``to`` keep the layout; any other operation reads the tokens back, or raises
+    ``EvictedTokensError`` when some are gone.
+    """
+
+    storage: Storage | None
+    buf: Tensor
+    positions: Tensor | None
+    kv_layout: Layout
+    start: int
+    end: int
+
+    @staticmethod
+    def __new__(cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any) -> LogicalKV:
+        """Wrap ``buf``; ``size`` is the logical shape."""
+        wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
+        )
+        wrapper.kv_layout = layout
+        wrapper.buf = buf
+        wrapper.positions = positions
+        wrapper.storage = None
+        return wrapper
+
+    # The wrapper's attributes are all set in __new__: Tensor.__init__ must not see them.
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __tensor_flatten__(self) -> tuple[list[str], Layout]:
+        return (["buf"] if self.positions is None else ["buf", "positions"]), self.kv_layout
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
+        return LogicalKV(layout, inner["buf"], inner.get("positions"), size)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def dense(self) -> Tensor:
+        """The tokens as a plain tensor ``[B, H_kv, S, D]``; raises ``EvictedTokensError`` when some are gone."""
+        if self.storage is None:
+            # Tracing with fake tensors: only shape, dtype and device exist.
+            return self.buf.new_empty(self.shape, dtype=self.dtype)
+        if self.end - self.start != self.shape[2]:
+            raise EvictedTokensError(
+                f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {self.end - self.start} of them "
+                f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.positions else ''}); pass this cache "
+                "only to a model compiled with torchaccel, or compile without the method that evicts tokens"
+            )
+        return self.storage.read(self.start, self.end)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, LogicalKV) and first.storage is not None:
+            handler = _LAYOUT_KEEPING.get(func)
+            result = handler(first, *args[1:], **kwargs) if handler else NotImplemented
+            if result is not NotImplemented:
+                return result
+        flat, _ = tree_flatten((args, kwargs))
+        if func._schema.is_mutable and any(isinstance(t, LogicalKV) for t in flat):
+            raise EvictedTokensError(
+                f"{func} would change a torchaccel KV cache in place; make a plain copy of it first with "
+                "torchaccel.to_dense(cache)"
+            )
+        plain = lambda t: t.dense() if isinstance(t, LogicalKV) else t  # noqa: E731
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+
+def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
+    """A logical tensor of length ``logical`` over slots ``start .. end``, marked dynamic for Dynamo."""
+    buf = storage.buf
+    size = (buf.shape[0], buf.shape[1], logical, storage.layout.format.head_dim)
+    # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
+    with torch.inference_mode(False):
+        kv = LogicalKV(storage.layout, buf, storage.positions, size)
+    kv.storage, kv.start, kv.end = storage, start, end
+    storage.views[id(kv)] = kv
+    # One decode graph for every length and capacity: without the marks Dynamo compiles a static length first.
+    torch._dynamo.maybe_mark_dynamic(kv, 2)
+    torch._dynamo.maybe_mark_dynamic(buf, 2)
+    if storage.positions is not None:
+        torch._dynamo.maybe_mark_dynamic(storage.positions, 1)
+    return kv
+
+
+def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positions: Tensor | None = None) -> LogicalKV:
+    """A logical tensor of its own storage from ``tokens`` ``[B, H, n, D]``; ``logical`` columns when some were pruned.
+
+    positions: int32 ``[B, n]``, the column of each token.
+    """
+    n = tokens.shape[2]
+    logical = n if logical is None else logical
+    kept = 0 if layout.format.kind == "empty" else n
+    return view(store(layout, tokens, logical, positions), 0, kept, logical)
+
+
+def writable(kv: LogicalKV, room: int) -> LogicalKV:
+    """``kv`` itself, or a copy of it that has ``room`` free slots after its end and no other reader beyond it."""
+    storage = kv.storage
+    if storage is None:
+        raise ValueError("a fake KV tensor has no storage to write to")
+    if storage.layout.format.kind == "empty":
+        return kv
+    if kv.end + room <= storage.capacity and storage.newest(kv, kv.end):
+        storage.truncate(kv.end)
+        return kv
+    new, start = storage.copy(kv.start, kv.end, room)
+    return view(new, start, start + kv.end - kv.start, kv.shape[2])
+
+
+def to_dense(cache: Any) -> Any:
+    """Replace every logical KV tensor of a cache (in place) by a plain tensor; returns the cache."""
+    for layer in getattr(cache, "layers", []):
+        for name in ("keys", "values"):
+            kv = getattr(layer, name, None)
+            if isinstance(kv, LogicalKV):
+                setattr(layer, name, kv.dense().clone())
+    return cache
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes really allocated for a KV cache, or for an iterable of tensors; shared storage is counted once."""
+    tensors: Iterable[Any]
+    if hasattr(cache, "layers"):
+        tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    else:
+        tensors = tree_flatten(cache)[0]
+    seen: dict[int, int] = {}
+    for t in tensors:
+        if isinstance(t, LogicalKV) and t.storage is not None:
+            seen[id(t.storage.buf)] = t.storage.buf.nbytes
+            if t.storage.positions is not None:
+                seen[id(t.storage.positions)] = t.storage.positions.nbytes
+        elif isinstance(t, Tensor):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    size = kv.shape[dim]
+    lo, hi, _ = slice(start, None if end is None or end > size else end).indices(size)
+    if step == 1 and lo == 0 and hi == size:
+        return view(kv.storage, kv.start, kv.end, kv.shape[2])  # type: ignore[arg-type]
+    if dim % 4 != 2 or step != 1 or hi < lo:
+        return NotImplemented
+    storage = kv.storage
+    assert storage is not None
+    if storage.layout.format.kind == "empty":
+        return view(storage, 0, 0, hi - lo)
+    if storage.layout.positions:
+        if lo or hi < storage.contiguous_from:
+            raise EvictedTokensError(
+                f"asked to crop a pruned KV cache to columns {lo}..{hi}; its first {storage.contiguous_from} columns "
+                "were pruned together and cannot be cut apart"
+            )
+        return view(storage, kv.start, kv.end - (size - hi), hi)
+    return view(storage, kv.start + lo, kv.start + hi, hi - lo)
+
+
+def _take_rows(kv: LogicalKV, rows: Tensor) -> LogicalKV:
+    storage = kv.storage
+    assert storage is not None
+    new, start = storage.copy(kv.start, kv.end, 1, rows)
+    return view(new, start, start + kv.end - kv.start, kv.shape[2])
+
+
+def _index_select(kv: LogicalKV, dim: int, index: Tensor) -> Any:
+    return _take_rows(kv, index) if dim % 4 == 0 else NotImplemented
+
+
+def _index(kv: LogicalKV, indices: list[Tensor | None]) -> Any:
+    rows = indices[0]
+    if rows is None or any(i is not None for i in indices[1:]) or rows.dim() != 1:
+        return NotImplemented
+    return _take_rows(kv, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
+
+
+def _repeat_rows(kv: LogicalKV, repeats: Any, dim: int | None = None, **_: Any) -> Any:
+    if dim != 0:
+        return NotImplemented
+    return _take_rows(kv, torch.arange(kv.shape[0], device=kv.device).repeat_interleave(repeats))
+
+
+def _clone(kv: LogicalKV, **_: Any) -> LogicalKV:
+    storage = kv.storage
+    assert storage is not None
+    new, start = storage.copy(kv.start, kv.end, 1)
+    return view(new, start, start + kv.end - kv.start, kv.shape[2])
+
+
+def _alias(kv: LogicalKV) -> LogicalKV:
+    assert kv.storage is not None
+    return view(kv.storage, kv.start, kv.end, kv.shape[2])
+
+
+def _to(kv: LogicalKV, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Any:
+    storage = kv.storage
+    assert storage is not None
+    if dtype not in (None, kv.dtype):
+        return NotImplemented
+    slots = None if storage.positions is None else storage.positions.to(device)
+    moved = Storage(storage.layout, storage.buf.to(device), storage.filled, slots, storage.contiguous_from)
+    if moved.buf is storage.buf:
+        return _clone(kv)
+    return view(moved, kv.start, kv.end, kv.shape[2])
+
+
+_LAYOUT_KEEPING: dict[Any, Callable[..., Any]] = {
+    aten.slice.Tensor: _slice,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.repeat_interleave.self_int: _repeat_rows,
+    aten.clone.default: _clone,
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten._to_copy.default: _to,
+}
