@@ -1,0 +1,96 @@
+"""From template to importable module: rendering, and the cache directory that holds generated source files."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import platformdirs
+
+from ..spec import AttentionSpec
+
+
+def cache_dir() -> Path:
+    """Folder of generated sources: ``$TORCHACCEL_CACHE_DIR/triton``, or the user's cache directory."""
+    root = os.environ.get("TORCHACCEL_CACHE_DIR") or platformdirs.user_cache_dir("torchaccel")
+    return Path(root) / "triton"
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(template: str, spec: AttentionSpec, **values: Any) -> str:
+    """Source of ``template`` for ``spec``; the same arguments give the same text on every machine."""
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            key=spec.key(),
+            D=spec.head_dim,
+            DP=padded(spec.head_dim),
+            G=spec.group,
+            dtype={"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[spec.dtype],
+            scale=spec.scale,
+            softcap=spec.softcap,
+            log2e=math.log2(math.e),
+            causal=spec.causal,
+            window=spec.window,
+            sinks=spec.sinks if spec.window is not None else 0,
+            mask=spec.mask,
+            natural=spec.mask == "additive",
+            **values,
+        )
+    )
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16 (the smallest matrix product of the tensor cores), that holds ``size``."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def write(source: str, stem: str) -> Path:
+    """Store ``source`` under a name made of ``stem`` and its hash; safe between processes.
+
+    Raises RuntimeError when the cache directory cannot be written.
+    """
+    path = cache_dir() / f"{stem}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+    try:
+        if path.exists() and path.read_text() == source:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(source)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RuntimeError(
+            f"generated Triton kernels are stored in {path.parent}, which cannot be written ({error}); "
+            "set TORCHACCEL_CACHE_DIR to a folder that can"
+        ) from error
+    return path
+
+
+@lru_cache(maxsize=1024)
+def load(source: str, stem: str) -> ModuleType:
+    """Import ``source`` from its file in the cache directory (Triton reads the text of its kernels from files)."""
+    path = write(source, stem)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    # The text given is what runs, whatever became of the file meanwhile.
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
