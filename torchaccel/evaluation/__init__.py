@@ -1,0 +1,1 @@
+"""Measuring models and variants of them: speed, memory, fidelity and recall, as the command line prints them."""

@@ -1,0 +1,116 @@
+"""The benchmarks behind ``torchaccel bench``: one case in, one results document out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decode import run_decode
+from .generate import run_generate
+from .machine import measure_machine, versions
+from .models import load_model
+from .prefill import run_prefill
+from .prompts import prompt_tokens
+from .recall import TASKS, make_question
+from .results import Result, document
+from .session import Case, Progress, Session, Silent, fresh_compilers
+from .timing import LoadWatch
+from .variants import Variant, torchaccel_variants
+
+KINDS = ("decode", "prefill", "generate")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a benchmark runs: model name or folder, device, dtype name ("auto": as saved), cold compile caches or not.
+
+    ``probe_megabytes`` and ``probe_gemm`` are the sizes of the machine's measurement.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    cold: bool = True
+    probe_megabytes: int = 512
+    probe_gemm: int = 2048
+
+
+def default_variants(kind: str, extra: Sequence[Mapping[str, Any]]) -> list[Variant]:
+    """torchaccel exact; int8 where a cache is read; and one variant for each of ``extra``."""
+    standard: list[Mapping[str, Any]] = [{}] if kind == "prefill" else [{}, {"kv_compression": "int8"}]
+    return torchaccel_variants([*standard, *extra])
+
+
+def run_bench(
+    case: Case, variants: Sequence[Variant], setup: Setup, command: Sequence[str], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run ``case`` for all ``variants`` in one process and return the results document.
+
+    Raises ``ValueError`` for an unknown kind, model, device or dtype; what goes wrong within a variant is recorded in
+    its result instead.
+    """
+    if case.kind not in KINDS:
+        raise ValueError(f"unknown benchmark {case.kind!r}; the benchmarks are {', '.join(KINDS)}")
+    session = open_session(case, setup, progress)
+    with fresh_compilers(cold=setup.cold):
+        if case.kind == "decode":
+            results = run_decode(session, variants)
+        elif case.kind == "prefill":
+            results = run_prefill(session, variants)
+        else:
+            results = run_generate(session, variants, generation_prompt(session)).results
+    return session_document(session, results, command)
+
+
+def open_session(case: Case, setup: Setup, progress: Progress | None = None) -> Session:
+    """Load the model and measure the machine."""
+    watch = LoadWatch()
+    device = resolve_device(setup.device)
+    loaded = load_model(setup.model, dtype=resolve_dtype(setup.dtype), device=str(device))
+    machine = measure_machine(device, megabytes=setup.probe_megabytes, gemm_size=setup.probe_gemm)
+    return Session(loaded, machine, case, device, progress or Silent(), watch)
+
+
+def session_document(session: Session, results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]:
+    """The results document of a finished session."""
+    return document(
+        command=list(command),
+        versions=versions(),
+        machine=session.machine.to_dict() | session.watch.result(),
+        model=session.facts.to_dict(),
+        case=session.case.to_dict(),
+        results=results,
+    )
+
+
+def generation_prompt(session: Session) -> Tensor:
+    """What ``generate`` is given: a recall question of eight facts for the demo model, else text or random tokens."""
+    case, loaded = session.case, session.loaded
+    if loaded.name != "demo":
+        return prompt_tokens(loaded, case.batch, case.context, session.device)
+    question = make_question(loaded.tokenizer, TASKS[1], case.context, random.Random(0))
+    return torch.tensor([question.tokens] * case.batch, device=session.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for and torch sees no CUDA device; use --device cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; the devices are auto, cpu and cuda")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """The dtype called ``name``; None for "auto"."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"unknown dtype {name!r}; the dtypes are {', '.join(known)}")
+    return known[name]
