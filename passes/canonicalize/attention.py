@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.fx import Graph, Node
+
 from torchaccel.graph import canonical
 from torchaccel.graph.nodes import dtype, erase_dead, op_name, rank
 from torchaccel.graph.propagate import annotate
@@ -50,11 +52,11 @@ def canonicalize_attention(graph: Graph) -> list[AttentionRewrite]:
     for node in list(graph.nodes):
         name = op_name(node)
         if name == "scaled_dot_product_attention":
-            found.append(_rewrite(graph, node, "sdpa", lambda node=node: read_sdpa(node)))
+            found.append(_rewrite(graph, node, "sdpa", partial(read_sdpa, node)))
         elif name == "softmax":
             last = last_matmul(node)
             if last is not None:
-                found.append(_rewrite(graph, last, "eager", lambda node=node, last=last: read_eager(node, last)))
+                found.append(_rewrite(graph, last, "eager", partial(read_eager, node, last)))
     graph.lint()
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch.fx import Node
-from torchaccel.graph.nodes import CASTS, argument, dtype, is_number, op_name, rank, same_shape, shape
+
+from torchaccel.graph.nodes import CASTS, argument, arguments, dtype, is_number, op_name, rank, same_shape, shape
 
 from .attention_match import AttentionMatch, AttentionReason, MaskTerm, NotCanonical
 
@@ -13,13 +14,13 @@ _UNCHANGED = frozenset({"contiguous", "clone"})
 
 def last_matmul(softmax: Node) -> Node | None:
     """The matmul of a softmax's result with the values, past casts and dropout; None when this is no attention."""
-    if argument(softmax, 1, "dim") not in (-1, 3) or _first_matmul(softmax.args[0]) is None:
+    if argument(softmax, 1, "dim") not in (-1, 3) or _first_matmul(arguments(softmax)[0]) is None:
         return None
     pending, seen = [softmax], {softmax}
     while pending:
         node = pending.pop()
         for user in node.users:
-            if op_name(user) in ("matmul", "bmm") and user.args[0] is node:
+            if op_name(user) in ("matmul", "bmm") and arguments(user)[0] is node:
                 return user
             if user not in seen and _keeps_values(user, node):
                 seen.add(user)
@@ -30,8 +31,8 @@ def last_matmul(softmax: Node) -> Node | None:
 def read_eager(softmax: Node, last: Node) -> AttentionMatch:
     """Arguments of the attention around a softmax whose result ends in ``last``; raises NotCanonical."""
     _check_weights(softmax, last)
-    match = _read_scores(softmax.args[0])
-    v = last.args[1]
+    match = _read_scores(arguments(softmax)[0])
+    v = arguments(last)[1]
     if not isinstance(v, Node) or rank(v) != 4 or rank(match.q) != 4:
         raise NotCanonical(AttentionReason.RANK_NOT_FOUR, f"q has rank {rank(match.q)}, v has rank {rank(v)}")
     match.v = v
@@ -41,12 +42,16 @@ def read_eager(softmax: Node, last: Node) -> AttentionMatch:
 def _keeps_values(node: Node, source: Node) -> bool:
     """Whether a node only casts, copies or drops out ``source``."""
     name = op_name(node)
-    return bool(node.args) and node.args[0] is source and (name in CASTS | _UNCHANGED or name in ("dropout", "dropout_"))
+    return (
+        bool(arguments(node))
+        and arguments(node)[0] is source
+        and (name in CASTS | _UNCHANGED or name in ("dropout", "dropout_"))
+    )
 
 
 def _check_weights(softmax: Node, last: Node) -> None:
     """Raises unless the softmax result goes to ``last`` alone, with no dropout on the way."""
-    node = last.args[0]
+    node = arguments(last)[0]
     while True:
         if len(node.users) > 1:
             raise NotCanonical(AttentionReason.WEIGHTS_USED, f"{node.name} has {len(node.users)} users")
@@ -56,7 +61,7 @@ def _check_weights(softmax: Node, last: Node) -> None:
                 raise NotCanonical(AttentionReason.DROPOUT, f"{node.name} drops {dropped}")
         if node is softmax:
             return
-        node = node.args[0]
+        node = arguments(node)[0]
 
 
 def _first_matmul(node: object) -> Node | None:
@@ -71,7 +76,7 @@ def _first_matmul(node: object) -> Node | None:
         if name in ("matmul", "bmm", "baddbmm"):
             return found
         if name in CASTS or name in ("mul", "div", "tanh", "add", "add_", "sub", "masked_fill", "contiguous"):
-            pending.extend(found.args[:2])
+            pending.extend(arguments(found)[:2])
         elif name == "where":
             pending.append(argument(found, 1, "input"))
     return None
@@ -85,7 +90,7 @@ def _read_scores(node: Node) -> AttentionMatch:
     while True:
         name = op_name(node)
         if name in CASTS or name in _UNCHANGED:
-            node = node.args[0]
+            node = arguments(node)[0]
         elif name == "matmul":
             break
         elif name in ("add", "add_", "masked_fill", "where"):
@@ -97,7 +102,7 @@ def _read_scores(node: Node) -> AttentionMatch:
             node, factor = _read_factor(node)
             inner = _past_casts(node)
             if op_name(inner) == "tanh" and softcap is None and scale == 1.0:
-                node = _past_casts(inner.args[0])
+                node = _past_casts(arguments(inner)[0])
                 if op_name(node) not in ("mul", "div"):
                     raise NotCanonical(AttentionReason.UNKNOWN_SCORES, f"{inner.name} is not a softcap")
                 node, inside = _read_factor(node)
@@ -108,8 +113,8 @@ def _read_scores(node: Node) -> AttentionMatch:
                 scale *= factor
         else:
             raise NotCanonical(AttentionReason.UNKNOWN_SCORES, f"{node.name} ({node.target}) between q k^T and softmax")
-    q, before_q = _past_factors(node.args[0])
-    transposed, before_k = _past_factors(node.args[1])
+    q, before_q = _past_factors(arguments(node)[0])
+    transposed, before_k = _past_factors(arguments(node)[1])
     k = _untransposed(transposed)
     if k is None:
         raise NotCanonical(AttentionReason.UNKNOWN_SCORES, f"{transposed.name} is not a transpose of the keys")
@@ -119,7 +124,7 @@ def _read_scores(node: Node) -> AttentionMatch:
 
 def _past_casts(node: Node) -> Node:
     while op_name(node) in CASTS:
-        node = node.args[0]
+        node = arguments(node)[0]
     return node
 
 
@@ -159,10 +164,10 @@ def _untransposed(node: Node) -> Node | None:
     name = op_name(node)
     if name == "transpose":
         swapped = {d % 4 for d in (argument(node, 1, "dim0"), argument(node, 2, "dim1")) if isinstance(d, int)}
-        return node.args[0] if swapped == {2, 3} and rank(node) == 4 else None
+        return arguments(node)[0] if swapped == {2, 3} and rank(node) == 4 else None
     if name == "permute":
-        order = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        return node.args[0] if tuple(order) in ((0, 1, 3, 2), (0, 1, -1, -2)) else None
+        order = arguments(node)[1] if isinstance(arguments(node)[1], tuple | list) else arguments(node)[1:]
+        return arguments(node)[0] if tuple(order) in ((0, 1, 3, 2), (0, 1, -1, -2)) else None
     return None
 
 
@@ -170,7 +175,7 @@ def _read_mask(node: Node) -> tuple[Node, MaskTerm]:
     """The scores and the mask of ``scores + mask``, ``scores.masked_fill(m, min)`` or ``where(m, scores, min)``."""
     name = op_name(node)
     if name in ("add", "add_"):
-        left, right = node.args[:2]
+        left, right = arguments(node)[:2]
         if node.kwargs.get("alpha", 1) != 1 or not isinstance(left, Node) or not isinstance(right, Node):
             raise NotCanonical(AttentionReason.UNKNOWN_MASK, f"{node.name} adds {right}")
         if _first_matmul(left) is None or not same_shape(left, node):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from torch.fx import Node
-from torchaccel.graph.nodes import argument, op_name, rank, same_size, shape
+
+from torchaccel.graph.nodes import argument, arguments, op_name, rank, same_size, shape, sizes
 
 
 class AttentionReason(StrEnum):
@@ -56,7 +57,7 @@ class AttentionMatch:
 
 
 def check_heads(match: AttentionMatch) -> None:
-    """Raises unless q, k, v are ``[B, H, Q, D]``, ``[B, H_kv, K, D]``, ``[B, H_kv, K, D_v]`` with H a multiple of H_kv."""
+    """Raises unless q, k, v are ``[B, H, Q, D]``, ``[B, H_kv, K, D]``, ``[B, H_kv, K, D_v]``, H a multiple of H_kv."""
     for label, node in (("q", match.q), ("k", match.k), ("v", match.v)):
         if rank(node) != 4:
             raise NotCanonical(AttentionReason.RANK_NOT_FOUR, f"{label} ({node.name}) has rank {rank(node)}")
@@ -80,23 +81,23 @@ def _heads(node: Node) -> object:
 
 
 def _before_repeat(node: Node) -> Node | None:
-    """Input of ``x[:, :, None].expand(...).reshape(...)`` or ``x.repeat_interleave(n, 1)``, when that is what node is."""
+    """x, when the node is ``x[:, :, None].expand(...).reshape(...)`` or ``x.repeat_interleave(n, 1)``."""
     name = op_name(node)
-    if name == "repeat_interleave" and argument(node, 2, "dim") in (1, -3) and rank(node.args[0]) == 4:
-        source = node.args[0]
+    if name == "repeat_interleave" and argument(node, 2, "dim") in (1, -3) and rank(arguments(node)[0]) == 4:
+        source = arguments(node)[0]
         return source if isinstance(source, Node) and isinstance(argument(node, 1, "repeats"), int) else None
     if name not in ("reshape", "view", "flatten"):
         return None
-    wide = node.args[0]
+    wide = arguments(node)[0]
     if op_name(wide) == "contiguous":
-        wide = wide.args[0]
+        wide = arguments(wide)[0]
     if op_name(wide) != "expand" or rank(wide) != 5:
         return None
-    thin = wide.args[0]
+    thin = arguments(wide)[0]
     if not _is_unsqueezed_heads(thin):
         return None
-    source = thin.args[0]
-    b, heads, group, n, d = shape(wide)
+    source = arguments(thin)[0]
+    b, heads, group, n, d = sizes(wide)
     known = shape(node)
     if known is None or len(known) != 4 or not isinstance(heads, int) or not isinstance(group, int):
         return None
@@ -106,16 +107,14 @@ def _before_repeat(node: Node) -> Node | None:
 
 def _is_unsqueezed_heads(node: Node) -> bool:
     """Whether a node is ``x[:, :, None]`` or ``x.unsqueeze(2)`` of a rank-4 tensor."""
-    if rank(node) != 5 or rank(node.args[0] if node.args else None) != 4:
+    if rank(node) != 5 or rank(arguments(node)[0] if arguments(node) else None) != 4:
         return False
     if op_name(node) == "unsqueeze":
         return argument(node, 1, "dim") in (2, -3)
-    if op_name(node) != "getitem" or not isinstance(node.args[1], tuple):
+    if op_name(node) != "getitem" or not isinstance(arguments(node)[1], tuple):
         return False
-    index = list(node.args[1])
+    index = list(arguments(node)[1])
     everything = slice(None, None, None)
     while index and index[-1] in (everything, Ellipsis):
         index.pop()
     return index == [everything, everything, None]
-
-

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch.fx import Node
-from torchaccel.graph.nodes import argument, is_number, rank, same_size, shape
+
+from torchaccel.graph.nodes import argument, is_number, rank, same_size, sizes
 
 from .attention_match import AttentionMatch, AttentionReason, MaskTerm, NotCanonical
 
@@ -16,7 +17,7 @@ def read_sdpa(node: Node) -> AttentionMatch:
     for label, tensor in (("q", q), ("k", k), ("v", v)):
         if rank(tensor) != 4:
             raise NotCanonical(AttentionReason.RANK_NOT_FOUR, f"{label} has rank {rank(tensor)}")
-    queries, width = shape(q)[2:]
+    queries, width = sizes(q)[2:]
     scale = argument(node, 6, "scale")
     if scale is None and isinstance(width, int):
         scale = width**-0.5
@@ -25,8 +26,8 @@ def read_sdpa(node: Node) -> AttentionMatch:
     causal = argument(node, 5, "is_causal", False)
     if causal is not False and causal is not True:
         raise NotCanonical(AttentionReason.UNKNOWN_MASK, f"is_causal={causal} is not a constant")
-    if causal and not same_size(queries, shape(k)[2]):
-        detail = f"is_causal over {queries} queries and {shape(k)[2]} keys"
+    if causal and not same_size(queries, sizes(k)[2]):
+        detail = f"is_causal over {queries} queries and {sizes(k)[2]} keys"
         raise NotCanonical(AttentionReason.CAUSAL_NOT_SQUARE, detail)
     mask = argument(node, 3, "attn_mask")
     masks = [MaskTerm(mask)] if isinstance(mask, Node) else []

@@ -79,7 +79,7 @@ def inputs_of(mask: Tensor, count: int) -> dict[str, Tensor]:
 
 
 def filled_cache(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, capacity: int = 32) -> Any:
-    """A DynamicCache (kind "dynamic") or StaticCache (kind "static") after an eager prefill of ``ids``; none for "empty"."""
+    """A DynamicCache ("dynamic") or StaticCache ("static") after an eager prefill of ``ids``, or an "empty" one."""
     if kind == "static":
         cache = hf.StaticCache(config=model.config, max_cache_len=capacity)
     else:
@@ -102,8 +102,8 @@ def capture_phase(
 ) -> Captured:
     """The one graph of a phase of a causal model, asserted to be one.
 
-    phase: "prefill", "decode" (one token on a DynamicCache), "extend" (``extend`` tokens on it) or "static" (one token on
-    a StaticCache). dynamic: mark the sequence dimensions dynamic (token count in prefill, cache length otherwise).
+    phase: "prefill", "decode" (one token on a DynamicCache), "extend" (``extend`` tokens on it) or "static" (one token
+    on a StaticCache). dynamic: mark the sequence dimensions dynamic (token count in prefill, cache length otherwise).
     """
     ids, mask = tokens(batch, length, padded)
     if phase == "prefill":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -11,7 +11,19 @@ from torch.fx import Graph, GraphModule, Node
 from . import canonical
 from .caches import CacheKind, CacheSite, find_cache
 from .layers import LayerSpan, find_layers, module_path
-from .nodes import CASTS, Size, ancestors, argument, descendants, is_number, op_name, output_nodes, rank, shape
+from .nodes import (
+    CASTS,
+    Size,
+    ancestors,
+    argument,
+    arguments,
+    descendants,
+    is_number,
+    op_name,
+    output_nodes,
+    rank,
+    shape,
+)
 from .streams import PROJECTIONS
 
 __all__ = ["Anatomy", "AttentionSite", "CacheKind", "CacheSite", "Layer", "LogitsSite", "Phase", "analyze"]
@@ -24,8 +36,8 @@ class AttentionSite:
     """One canonical attention node and what it works on.
 
     name: path of the module it was traced in ("model.layers.0.self_attn"), or the node's name. q: ``[B, H, Q, D]``.
-    k, v: ``[B, H_kv, K, D]``, what attention reads, past included. mask: broadcastable to ``[B, H, Q, K]``, bool (True is
-    seen) or additive, or None. scale, causal, softcap: as of ``canonical.attention``. dtype: of q.
+    k, v: ``[B, H_kv, K, D]``, what attention reads, past included. mask: broadcastable to ``[B, H, Q, K]``, bool (True
+    is seen) or additive, or None. scale, causal, softcap: as of ``canonical.attention``. dtype: of q.
     layer: index into ``Anatomy.layers``, or None when layers are unknown.
     """
 
@@ -52,8 +64,8 @@ class AttentionSite:
 class Layer:
     """One decoder or encoder layer.
 
-    input, output: nodes of the residual stream ``[B, N, d]``; replacing every use of ``output`` by ``input`` skips exactly
-    this layer. attention: its (self-)attention, None for a layer without. nodes: everything the layer computes.
+    input, output: nodes of the residual stream ``[B, N, d]``; replacing every use of ``output`` by ``input`` skips
+    exactly this layer. attention: its (self-)attention, None for a layer without. nodes: all that the layer computes.
     """
 
     index: int
@@ -82,9 +94,10 @@ class LogitsSite:
 class Anatomy:
     """Everything a rewrite needs to know about a graph; valid until the graph is changed.
 
-    phase: "prefill" (several tokens on an empty cache, or a causal model without one), "extend" (several tokens on a cache;
-    also any prefill into a StaticCache, whose length is data), "decode" (one token on a cache), "encoder" (no cache, not
-    causal), "unknown" (no attention). attentions: in graph order. layers: in graph order, empty when not understood.
+    phase: "prefill" (several tokens on an empty cache, or a causal model without one), "extend" (several tokens on a
+    cache; also any prefill into a StaticCache, whose length is data), "decode" (one token on a cache), "encoder" (no
+    cache, not causal), "unknown" (no attention). attentions: in graph order. layers: in graph order, empty when not
+    understood.
     batch, query_length: B and Q of the first attention, ints or SymInts; 0 without attention.
     """
 
@@ -110,7 +123,8 @@ def analyze(module: GraphModule | Graph) -> Anatomy:
 
 def _site(index: int, node: Node, spans: list[LayerSpan], outputs: set[Node]) -> AttentionSite:
     """One attention with its caches."""
-    q, k, v = node.args[:3]
+    q, k, v = arguments(node)[:3]
+    options: dict[str, Any] = dict(node.kwargs)
     value = q.meta["example_value"]
     layer = next((i for i, span in enumerate(spans) if node in span.attentions), None)
     return AttentionSite(
@@ -121,9 +135,9 @@ def _site(index: int, node: Node, spans: list[LayerSpan], outputs: set[Node]) ->
         k=k,
         v=v,
         mask=argument(node, 3, "mask"),
-        scale=node.kwargs["scale"],
-        causal=node.kwargs["causal"],
-        softcap=node.kwargs.get("softcap"),
+        scale=options["scale"],
+        causal=options["causal"],
+        softcap=options.get("softcap"),
         heads=value.shape[1],
         kv_heads=k.meta["example_value"].shape[1],
         head_dim=value.shape[3],
@@ -198,12 +212,12 @@ def _past_cap(node: Node) -> Node:
 
 def _before_slice(hidden: Node) -> tuple[Node, bool]:
     """Hidden states before ``hidden[:, -1:, :]`` and whether they were cut to the last token."""
-    if op_name(hidden) == "getitem" and isinstance(hidden.args[1], tuple) and isinstance(hidden.args[0], Node):
+    if op_name(hidden) == "getitem" and isinstance(arguments(hidden)[1], tuple):
         everything = slice(None, None, None)
-        batch, cut, *rest = (*hidden.args[1], everything, everything)[:3]
+        batch, cut, *rest = (*arguments(hidden)[1], everything, everything)[:3]
         if batch == everything and all(part == everything for part in rest):
             if cut == slice(-1, None, None):
-                return hidden.args[0], True
+                return arguments(hidden)[0], True
             if cut in (slice(0, None, None), everything):
-                return hidden.args[0], False
+                return arguments(hidden)[0], False
     return hidden, False

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from .nodes import argument, op_name, shape
+from .nodes import argument, arguments, op_name, shape
 from .streams import projection_inputs, shares_stream
 
 CacheKind = Literal["none", "fresh", "concatenated", "sliced", "static", "cross", "unknown"]
@@ -17,14 +17,15 @@ CacheKind = Literal["none", "fresh", "concatenated", "sliced", "static", "cross"
 class CacheSite:
     """The keys, or the values, of one attention: ``past`` and ``new`` make ``full``; ``stored`` goes to the next step.
 
-    kind: "none": this step's only, not kept (encoders). "fresh": this step's only, and kept (prefill on an empty cache).
+    kind: "none": this step's only, not kept (encoders). "fresh": this step's only, and kept (prefill, empty cache).
     "concatenated": ``cat([past, new])``. "sliced": as "fresh" (past is None) or "concatenated", but only the last
-    ``window - 1`` positions are kept (sliding-window layers). "static": written into the buffer ``past`` at given positions.
-    "cross": of another sequence (encoder-decoder attention). "unknown": read from a cache in a way not understood.
+    ``window - 1`` positions are kept (sliding-window layers). "static": written into the buffer ``past`` at given
+    positions. "cross": of another sequence (encoder-decoder attention). "unknown": read from a cache in a way not
+    understood.
     past: node of the earlier tokens ``[B, H_kv, S, D]`` (a placeholder; for "static" the whole buffer), or None.
     new: node of this step's ``[B, H_kv, Q, D]``; for "cross" and "unknown", the node attention reads.
-    full: node attention reads, ``[B, H_kv, K, D]``. stored: node the graph returns, None when nothing is returned (a static
-    cache is changed in place). window: tokens a query of a sliding-window layer sees, itself included.
+    full: node attention reads, ``[B, H_kv, K, D]``. stored: node the graph returns, None when nothing is returned (a
+    static cache is changed in place). window: tokens a query of a sliding-window layer sees, itself included.
     write: the in-place write of a static cache. write_positions: int64 ``[Q]``, where it writes.
     """
 
@@ -65,7 +66,7 @@ def find_cache(full: Node, q: Node, outputs: set[Node]) -> CacheSite:
 
 
 def _split_cat(full: Node) -> tuple[Node | None, Node | None]:
-    """``(past, new)`` of ``cat([past, new], -2)``; past is None when it is an empty tensor; both None for no such cat."""
+    """``(past, new)`` of ``cat([past, new], -2)``; past is None for an empty tensor, both for no such cat."""
     if op_name(full) != "cat" or argument(full, 1, "dim", 0) not in (-2, 2):
         return None, None
     parts = argument(full, 0, "tensors")
@@ -87,7 +88,7 @@ def _find_stored(full: Node, new: Node, outputs: set[Node]) -> tuple[Node | None
     for node in (full, new):
         for user in node.users:
             if user in outputs and op_name(user) == "getitem":
-                start = _suffix_start(user.args[1])
+                start = _suffix_start(arguments(user)[1])
                 if start is not None:
                     return user, 1 - start
     return None, None
@@ -108,8 +109,8 @@ def _suffix_start(index: object) -> int | None:
 def _find_write(full: Node) -> CacheSite | None:
     """The site of a buffer that ``index_copy_`` fills before attention reads it."""
     buffer = full
-    if op_name(full) == "index_copy_" and isinstance(full.args[0], Node):
-        buffer = full.args[0]
+    if op_name(full) == "index_copy_" and isinstance(arguments(full)[0], Node):
+        buffer = arguments(full)[0]
     for user in buffer.users:
         if op_name(user) == "index_copy_" and user.args[0] is buffer and argument(user, 1, "dim") in (2, -2):
             where, new = argument(user, 2, "index"), argument(user, 3, "source")

@@ -22,14 +22,16 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with grouped queries: ``softmax(cap(q k^T * scale) + mask) v``.
 
-    q: ``[B, H, Q, D]``. k: ``[B, H_kv, K, D]`` and v: ``[B, H_kv, K, D_v]`` with H a multiple of H_kv: query head h reads
-    key head ``h // (H / H_kv)``. mask: broadcastable to ``[B, H, Q, K]``; bool keeps where True, float is added to the
-    capped scores. causal: query i sees keys 0..i (asked for only where Q == K). softcap: scores become
+    q: ``[B, H, Q, D]``. k: ``[B, H_kv, K, D]`` and v: ``[B, H_kv, K, D_v]`` with H a multiple of H_kv: query head h
+    reads key head ``h // (H / H_kv)``. mask: broadcastable to ``[B, H, Q, K]``; bool keeps where True, float is added
+    to the capped scores. causal: query i sees keys 0..i (asked for only where Q == K). softcap: scores become
     ``softcap * tanh(scores / softcap)`` before the mask. Returns ``[B, H, Q, D_v]`` in q's dtype.
     """
     if softcap is None:
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = _repeat_heads(k, group), _repeat_heads(v, group)

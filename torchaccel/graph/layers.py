@@ -6,10 +6,10 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-import networkx as nx
+import networkx as nx  # type: ignore[import-untyped]
 from torch.fx import Graph, Node
 
-from .nodes import ancestors, descendants, dtype, op_name, positions, rank, same_shape
+from .nodes import ancestors, arguments, descendants, dtype, op_name, positions, rank, same_shape
 from .streams import RESHAPES, stream_back
 
 
@@ -153,9 +153,9 @@ def _last_output(crossing: list[Node], outputs: list[Node]) -> Node | None:
     tail: list[str | None] = []
     if outputs:
         node = outputs[-1]
-        while op_name(node) not in ("add", "add_") and node.args and isinstance(node.args[0], Node):
+        while op_name(node) not in ("add", "add_") and arguments(node) and isinstance(arguments(node)[0], Node):
             tail.insert(0, op_name(node))
-            node = node.args[0]
+            node = arguments(node)[0]
     else:
         following = crossing[place + 1 : place + 2]
         tail = [op_name(node) for node in following if op_name(node) in RESHAPES and rank(node) == 3]
@@ -167,5 +167,5 @@ def _joins_stream(node: Node, crossing: list[Node]) -> bool:
     """Whether a node adds two tensors of its own shape, at least one of them after the attention."""
     if op_name(node) not in ("add", "add_"):
         return False
-    terms = [term for term in node.args[:2] if isinstance(term, Node) and same_shape(term, node)]
+    terms = [term for term in arguments(node)[:2] if isinstance(term, Node) and same_shape(term, node)]
     return len(terms) == 2 and crossing[0] in ancestors(terms)

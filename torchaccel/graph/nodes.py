@@ -33,8 +33,8 @@ CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double
 def op_name(node: Any) -> str | None:
     """The operator a node calls, whatever its spelling (``a + b``, ``torch.add``, ``a.add(b)``), or None.
 
-    Operators that write to their first argument end in an underscore, ``setitem`` excepted. Only functions of torch and of
-    ``operator`` have a name: a foreign function that is merely called "linear" does not.
+    Operators that write to their first argument end in an underscore, ``setitem`` excepted. Only functions of torch and
+    of ``operator`` have a name: a foreign function that is merely called "linear" does not.
     """
     if not isinstance(node, Node):
         return None
@@ -55,10 +55,23 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """A call's positional arguments, untyped."""
+    return node.args
+
+
 def shape(node: Any) -> tuple[Size, ...] | None:
     """Sizes of a tensor node's example value, or None."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def sizes(node: Any) -> tuple[Size, ...]:
+    """Sizes of a node that is known to be a tensor."""
+    found = shape(node)
+    if found is None:
+        raise TypeError(f"expected a tensor node, found {node} without an example value")
+    return found
 
 
 def rank(node: Any) -> int | None:

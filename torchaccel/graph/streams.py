@@ -38,7 +38,8 @@ def stream_back(start: Iterable[Node], stop: Callable[[Node], bool] | None = Non
 
 def projection_inputs(node: Node) -> set[Node]:
     """Inputs of the projections nearest above a q, k or v node, through positions, norms, splits and transposes."""
-    pending, seen, found = [node], {node}, set()
+    pending, seen = [node], {node}
+    found: set[Node] = set()
     while pending:
         current = pending.pop()
         name = op_name(current)
