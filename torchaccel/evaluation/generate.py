@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,20 +84,20 @@ def run_generate(session: Session, variants: Sequence[Variant], prompt: Tensor) 
         clocks[arm.variant.label].clear()
 
     results, arms = session.prepare(variants, start)
-    samples = session.race(arms, {label: lambda arm=arm: once(arm) for label, arm in arms.items()})
+    samples = session.race(arms, {label: partial(once, arm) for label, arm in arms.items()})
     session.finish(arms, samples, lambda arm: _finish(session, arm, prompt, clocks[arm.variant.label], recall))
     return Generated(results, {label: tokens[label] for label in samples}, reference)
 
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module, prompt: Tensor, new_tokens: int, clock: TokenClock | None = None, *, static: bool = False
+    model: Any, prompt: Tensor, new_tokens: int, clock: TokenClock | None = None, *, static: bool = False
 ) -> Any:
     """Exactly ``new_tokens`` greedy tokens after ``prompt``; the output has ``sequences`` and ``past_key_values``.
 
     ``static`` asks for a StaticCache instead of the default DynamicCache.
     """
-    return model.generate(  # type: ignore[operator]
+    return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,

@@ -33,7 +33,8 @@ class LoadedModel:
     """A causal language model in eval mode, its tokenizer when it has one, and the name it was asked for by."""
 
     name: str
-    model: nn.Module
+    # A transformers PreTrainedModel: typed loosely, since transformers is an optional dependency.
+    model: Any
     tokenizer: Any | None
 
 
@@ -106,9 +107,9 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: Any) -> Any:
     """The configuration of the language part of a Hugging Face model."""
-    return model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return model.config.get_text_config()
 
 
 def model_facts(loaded: LoadedModel) -> ModelFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def run_prefill(session: Session, variants: Sequence[Variant]) -> list[Result]:
             arm.run(lambda: prefill(arm.model, prompt))
 
     results, arms = session.prepare(variants, start)
-    calls = {label: lambda arm=arm: arm.run(lambda: prefill(arm.model, prompt)) for label, arm in arms.items()}
+    calls = {label: partial(arm.run, partial(prefill, arm.model, prompt)) for label, arm in arms.items()}
     samples = session.race(arms, calls)
     session.finish(arms, samples, lambda arm: _finish(session, arm, prompt))
     return results

@@ -72,7 +72,7 @@ def make_question(tokenizer: Any, task: Task, length: int, rng: random.Random) -
     return Question(tokens + filler[done:] + question, values[asked])
 
 
-def recall_score(model: torch.nn.Module, tokenizer: Any, task: Task, length: int, questions: int) -> float:
+def recall_score(model: Any, tokenizer: Any, task: Task, length: int, questions: int) -> float:
     """Share of ``questions`` seeded questions of ``length`` tokens that ``model.generate`` answers exactly."""
     rng = random.Random(f"{task.name}/{length}")
     device = next(model.parameters()).device
@@ -84,9 +84,9 @@ def recall_score(model: torch.nn.Module, tokenizer: Any, task: Task, length: int
     return right / questions
 
 
-def answer_tokens(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
+def answer_tokens(model: Any, prompt: torch.Tensor) -> list[int]:
     """The tokens ``model.generate`` puts after ``prompt`` ``[1, S]``: as many as an answer has."""
-    generated = model.generate(  # type: ignore[operator]
+    generated = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=ANSWER_TOKENS, do_sample=False
     )
     return generated[0, prompt.shape[1] :].tolist()

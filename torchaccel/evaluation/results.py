@@ -67,14 +67,10 @@ class Result:
         self.reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The record in the document's words and order."""
-        fields = asdict(self)
-        for name in ("ms", "ttft_ms", "tpot_ms"):
-            spread = getattr(self, name)
-            fields[name] = spread.to_dict() if spread else None
-        first = "variant options effective status reason ms ttft_ms tpot_ms speedup bound_ms".split()
-        record = {name: fields.pop(name) for name in first}
-        return record | {"roofline_fraction": self.roofline_fraction} | fields
+        """The record in the document's words."""
+        spreads = {name: getattr(self, name) for name in ("ms", "ttft_ms", "tpot_ms")}
+        times = {name: spread and spread.to_dict() for name, spread in spreads.items()}
+        return asdict(self) | times | {"roofline_fraction": self.roofline_fraction}
 
 
 def document(

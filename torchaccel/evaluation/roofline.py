@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ..kernels.spec import DTYPES, KVFormat
 from ..passes.layer_skipping.unified import executed_layers
 from .machine import Machine
@@ -36,14 +34,14 @@ class Work:
     other_weights: int
 
     @staticmethod
-    def of(model: nn.Module, facts: ModelFacts) -> Work | None:
+    def of(model: Any, facts: ModelFacts) -> Work | None:
         """The work of a dense decoder, or None for a model whose every token does not read every weight (experts)."""
         config = text_config(model)
         if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None
         # Looking a token up reads one row of the embedding; the head reads all of its matrix, shared with it or not.
-        head = model.get_output_embeddings().weight  # type: ignore[operator]
-        outside = {id(head), id(model.get_input_embeddings().weight)}  # type: ignore[operator]
+        head = model.get_output_embeddings().weight
+        outside = {id(head), id(model.get_input_embeddings().weight)}
         layers = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside)
         return Work(facts, layers // facts.layers, head.numel())
 

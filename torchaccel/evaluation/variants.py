@@ -13,7 +13,8 @@ from ..methods import FAMILIES
 from ..options import resolve
 from .models import share_weights
 
-BASELINES = ("eager", "inductor", "static")
+Kind = Literal["eager", "inductor", "static", "torchaccel"]
+BASELINES: dict[str, Kind] = {"eager": "eager", "inductor": "inductor", "static": "static"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Variant:
     """One way of running a model; ``options`` are torchaccel's, as the user gave them."""
 
     label: str
-    kind: Literal["eager", "inductor", "static", "torchaccel"]
+    kind: Kind
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -31,7 +32,7 @@ def parse_baselines(names: str) -> list[Variant]:
     unknown = [name for name in found if name not in BASELINES]
     if unknown:
         raise ValueError(f"unknown baseline {unknown[0]!r}; the baselines are {', '.join(BASELINES)}")
-    return [Variant(name, name) for name in dict.fromkeys(found)]  # type: ignore[arg-type]
+    return [Variant(name, BASELINES[name]) for name in dict.fromkeys(found)]
 
 
 def parse_options(text: str) -> dict[str, Any]:
