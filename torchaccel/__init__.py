@@ -1,0 +1,25 @@
+"""torchaccel: a torch.compile backend for long-context transformers, exact by default and lossy only when asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchaccel.api import compile, explain, report
+    from torchaccel.runtime.kv import kv_bytes, to_dense
+
+__all__ = ["compile", "explain", "kv_bytes", "report", "to_dense"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use, so that importing the package costs nothing and touches no device.
+    if name in ("compile", "explain", "report"):
+        from torchaccel import api
+
+        return getattr(api, name)
+    if name in ("kv_bytes", "to_dense"):
+        from torchaccel.runtime import kv
+
+        return getattr(kv, name)
+    raise AttributeError(f"module 'torchaccel' has no attribute {name!r}")

@@ -122,14 +122,14 @@ def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positio
     return view(store(layout, tokens, logical, positions), 0, kept, logical)
 
 
-def writable(kv: LogicalKV, room: int) -> LogicalKV:
+def writable(kv: LogicalKV, room: int, *, copy: bool = False) -> LogicalKV:
     """``kv`` itself, or a copy of it that has ``room`` free slots after its end and no other reader beyond it."""
     storage = kv.storage
     if storage is None:
         raise ValueError("a fake KV tensor has no storage to write to")
     if storage.layout.format.kind == "empty":
         return kv
-    if kv.end + room <= storage.capacity and storage.newest(kv, kv.end):
+    if not copy and kv.end + room <= storage.capacity and storage.newest(kv, kv.end):
         storage.truncate(kv.end)
         return kv
     new, start = storage.copy(kv.start, kv.end, room)

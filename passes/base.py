@@ -1,0 +1,156 @@
+"""What a pass is: class-level facts, one method that rewrites, a typed result that says what was done and what was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.fx import Graph, Node
+
+from torchaccel.graph.anatomy import Anatomy, AttentionSite
+
+Phase = Literal["prefill", "extend", "decode", "encoder"]
+
+
+class Fidelity(Enum):
+    """Whether a pass may change results beyond the rounding of the dtype."""
+
+    EXACT = "exact"
+    APPROX = "approx"
+
+
+class Status(Enum):
+    """How a pass ended."""
+
+    APPLIED = "applied"
+    NO_MATCH = "no_match"
+    DISABLED = "disabled"
+    DECLINED = "declined"
+    FAILED = "failed"
+
+
+class Reason(Enum):
+    """Why a site was left as it was."""
+
+    NOT_CAUSAL = "the attention is not causal self-attention over a cache"
+    SLIDING_WINDOW = "the layer already attends to a sliding window"
+    ALL_LOGITS = "the graph returns logits of every position, so no token may be dropped"
+    TOO_FEW_LAYERS = "the model has too few layers for this setting"
+    NO_LAYERS = "no residual layers were found in the graph"
+    OPAQUE_SEQUENCE = "the sequence dimension could not be followed through the graph"
+    KERNEL_UNSUPPORTED = "no generated kernel supports it"
+    SHARED_CACHE = "the cached keys or values have other readers in the graph"
+    UNEQUAL_HEAD_DIMS = "keys and values have different head dimensions"
+    UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
+    UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
+    SHORT_PROMPT = "the prompt is too short to prune"
+    UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
+    OUT_OF_FUEL = "TORCHACCEL_FUEL is used up"
+
+
+@dataclass(frozen=True)
+class Decline:
+    """One site that a pass did not rewrite, and why."""
+
+    site: str
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason.value}{f' ({self.detail})' if self.detail else ''}"
+
+
+@dataclass
+class PassResult:
+    """What one pass did to one graph."""
+
+    name: str
+    fidelity: Fidelity
+    status: Status
+    sites: list[str] = field(default_factory=list)
+    declines: list[Decline] = field(default_factory=list)
+    detail: str = ""
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass
+class SitePlan:
+    """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
+
+    keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in
+    later phases, so nothing of its cache is stored.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+    format: Literal["dense", "int8"] = "dense"
+    keep: Node | None = None
+    dropped: bool = False
+
+
+class Fuel:
+    """A budget of rewrites: ``TORCHACCEL_FUEL=n`` applies only the first n, to bisect a wrong result."""
+
+    def __init__(self, amount: int | None):
+        self.left = amount
+
+    def take(self) -> bool:
+        """Spend one rewrite; False when none is left."""
+        if self.left is None:
+            return True
+        self.left -= 1
+        return self.left >= 0
+
+
+@dataclass
+class RewriteContext:
+    """The graph being compiled, what was found in it, and the plan of its attention sites."""
+
+    graph: Graph
+    module: torch.nn.Module
+    device: torch.device
+    fuel: Fuel
+    anatomy: Anatomy
+    plans: dict[int, SitePlan] = field(default_factory=dict)
+
+    def plan(self, site: AttentionSite) -> SitePlan:
+        """The plan of a site (made on first use)."""
+        return self.plans.setdefault(site.index, SitePlan())
+
+
+class Pass:
+    """A rewrite of the whole graph. Subclasses set the facts and implement ``apply``."""
+
+    name: ClassVar[str]
+    fidelity: ClassVar[Fidelity]
+    phases: ClassVar[frozenset[Phase]] = frozenset({"prefill", "extend", "decode", "encoder"})
+
+    def apply(self, context: RewriteContext) -> PassResult:
+        """Rewrite ``context.graph`` in place; an exception makes the manager restore the graph."""
+        raise NotImplementedError
+
+    def result(self, sites: list[str], declines: list[Decline], detail: str = "") -> PassResult:
+        """The typed result for what was rewritten and what was not."""
+        status = Status.APPLIED if sites else Status.DECLINED if declines else Status.NO_MATCH
+        return PassResult(self.name, self.fidelity, status, sites, declines, detail)
+
+
+class Method(Pass):
+    """A published method: a pass the user asks for by name, with options of its own."""
+
+    family: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+    paper: ClassVar[str]
+    Options: ClassVar[type[MethodOptions]]
+
+    def __init__(self, options: Any):
+        self.options = options

@@ -1,0 +1,292 @@
+"""Lowers canonical attention to kernels and turns cache tensors into physical buffers of the rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.kernels import ops, registry
+from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
+from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
+from torchaccel.runtime.kv import LogicalKV, compress
+from torchaccel.runtime.storage import Layout
+
+from ..dead_code import remove_dead_code
+from ..base import Decline, Reason, RewriteContext, SitePlan
+
+
+@dataclass
+class LoweredSite:
+    """What became of one attention site: the kernel that runs it and the layouts of its cache."""
+
+    site: str
+    kernel: str
+    layout: str
+    window: int | None = None
+    sinks: int = 0
+
+
+@dataclass
+class Lowered:
+    """The rewritten graph's signature, the example inputs of its new placeholders, and a line per site."""
+
+    bindings: Bindings
+    inputs: list[Any]
+    sites: list[LoweredSite] = field(default_factory=list)
+    declines: list[Decline] = field(default_factory=list)
+
+
+class AttentionLowering:
+    """Lowers every site of one graph; a site that cannot be lowered stays canonical and exact."""
+
+    def __init__(self, context: RewriteContext, example_inputs: list[Any]):
+        self.context = context
+        self.graph: Graph = context.graph
+        self.examples = example_inputs
+        self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.output = next(n for n in self.graph.nodes if n.op == "output")
+        self.results: list[Any] = list(self.output.args[0])
+        self.removed: set[int] = set()
+        self.extra: list[Node] = []
+        self.appends: list[AppendBinding] = []
+        self.stores: list[StoreBinding] = []
+        self.inputs: list[Any] = []
+        self.sites: list[LoweredSite] = []
+        self.declines: list[Decline] = []
+        self.last_placeholder = self.placeholders[-1]
+
+    def run(self) -> Lowered:
+        """Rewrite the graph in place and return its new signature."""
+        ops.library()
+        phase = self.context.anatomy.phase
+        for site in self.context.anatomy.attentions:
+            plan = self.context.plan(site)
+            kind = site.key_cache.kind
+            problem = self._problem(site)
+            if kind == "none" or kind == "cross":
+                continue
+            if problem is not None:
+                self.declines.append(problem)
+            elif kind == "static":
+                self._lower_static(site, plan)
+            elif site.key_cache.past is None:
+                self._lower_prefill(site, plan)
+            elif phase in ("decode", "extend"):
+                self._lower_append(site, plan)
+        return self._finish()
+
+    def _problem(self, site: AttentionSite) -> Decline | None:
+        if site.dtype not in DTYPES.values():
+            return Decline(site.name, Reason.UNSUPPORTED_DTYPE, str(site.dtype))
+        if _fake(site.k).shape[3] != _fake(site.v).shape[3] or _fake(site.q).shape[3] != site.head_dim:
+            return Decline(site.name, Reason.UNEQUAL_HEAD_DIMS)
+        for cache in (site.key_cache, site.value_cache):
+            if cache.past is None or cache.kind == "static":
+                continue
+            readers = set(cache.full.users) - {site.node, self.output, cache.stored}
+            if readers or len(cache.past.users) != 1:
+                return Decline(site.name, Reason.SHARED_CACHE, ", ".join(n.name for n in readers))
+        if site.key_cache.past is not None and site.causal and _hint(_fake(site.q).shape[2]) != 1:
+            return Decline(site.name, Reason.UNALIGNED_CAUSAL)
+        return None
+
+    def _spec(self, site: AttentionSite, plan: SitePlan, phase: Any, key: KVFormat, value: KVFormat) -> AttentionSpec:
+        mask = "none"
+        if site.mask is not None:
+            mask = "bool" if _fake(site.mask).dtype == torch.bool else "additive"
+        return AttentionSpec(
+            phase=phase,
+            head_dim=site.head_dim,
+            group=site.heads // site.kv_heads,
+            dtype=dtype_name(site.dtype),
+            key_format=key,
+            value_format=value,
+            scale=float(site.scale),
+            causal=site.causal or plan.window is not None,
+            softcap=None if site.softcap is None else float(site.softcap),
+            mask=mask,  # type: ignore[arg-type]
+            window=plan.window,
+            sinks=plan.sinks,
+        )
+
+    def _layouts(self, site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
+        kind: Any = "empty" if plan.dropped else plan.format
+        dtype, dim = dtype_name(site.dtype), site.head_dim
+        positions = plan.keep is not None and not plan.dropped
+        return (
+            Layout(KVFormat(kind, dtype, dim, "channel" if kind == "int8" else "token"), positions),
+            Layout(KVFormat(kind, dtype, dim, "token"), positions),
+        )
+
+    def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
+        if _hint(_fake(site.q).shape[2]) != 1 or site.mask is None:
+            if plan.window is not None:
+                self._lower_window(site, plan)
+            return
+        dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
+        # The mask alone says what is visible: slots that were never written are masked, and skipped unread.
+        spec = replace(self._spec(site, plan, "decode", dense, dense), causal=False)
+        self._replace(site, torch.ops.torchaccel.attend_static.default, (site.q, site.k, site.v, site.mask, spec.key()))
+        self._note(site, registry.decode_attention(spec, self.context.device.type), "static", plan)
+
+    def _lower_window(self, site: AttentionSite, plan: SitePlan) -> None:
+        dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
+        spec = self._spec(site, plan, "prefill", dense, dense)
+        self._replace(site, torch.ops.torchaccel.attend_window.default, (site.q, site.k, site.v, site.mask, spec.key()))
+        self._note(site, registry.prefill_attention(spec, self.context.device.type), "fresh", plan)
+
+    def _lower_prefill(self, site: AttentionSite, plan: SitePlan) -> None:
+        if plan.window is not None:
+            self._lower_window(site, plan)
+        else:
+            self.sites.append(LoweredSite(site.name, "stock sdpa", "fresh"))
+        stored = site.key_cache.stored, site.value_cache.stored
+        if stored[0] is None or stored[1] is None:
+            return
+        tokens = positions_output = None
+        key_layout, value_layout = self._layouts(site, plan)
+        if plan.keep is not None:
+            tokens = self._token_count()
+            positions_output = self._extra_output(plan.keep)
+            if tokens is None:
+                self.declines.append(Decline(site.name, Reason.UNKNOWN_LENGTH))
+                return
+        elif plan.dropped:
+            tokens = self._token_count()
+        self.stores.append(
+            StoreBinding(
+                self.results.index(stored[0]),
+                self.results.index(stored[1]),
+                key_layout,
+                value_layout,
+                positions_output,
+                tokens,
+            )
+        )
+        self.sites[-1].layout = _describe(key_layout)
+
+    def _lower_append(self, site: AttentionSite, plan: SitePlan) -> None:
+        keys, values = site.key_cache, site.value_cache
+        assert keys.past is not None and values.past is not None
+        tokens = self._token_count()
+        stored = keys.stored, values.stored
+        if tokens is None or stored[0] is None or stored[1] is None:
+            self.declines.append(Decline(site.name, Reason.UNKNOWN_LENGTH))
+            return
+        arguments = self.placeholders.index(keys.past), self.placeholders.index(values.past)
+        outputs = self.results.index(stored[0]), self.results.index(stored[1])
+        given = [self.examples[i] for i in arguments]
+        layouts = self._layouts(site, plan)
+        if all(isinstance(t, LogicalKV) for t in given):
+            layouts = given[0].kv_layout, given[1].kv_layout
+        skipped = plan.dropped or layouts[0].format.kind == "empty"
+        self.appends.append(
+            AppendBinding(
+                *arguments, *outputs, *layouts, tokens, keys.window, layouts[0].positions and not skipped, skipped
+            )
+        )
+        self.removed.update(outputs)
+        if skipped:
+            self.sites.append(LoweredSite(site.name, "skipped", "empty"))
+            return
+        spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
+        spec = replace(spec, positions=layouts[0].positions)
+        buffers = [self._buffer(past, layout) for past, layout in zip((keys.past, values.past), layouts, strict=True)]
+        positions = self._placeholder(f"{keys.past.name}_positions") if spec.positions else None
+        if positions is not None:
+            self.inputs.append(self._inner(keys.past, layouts[0], "positions"))
+        lens = self._placeholder(f"{keys.past.name}_lens")
+        self.inputs.append(torch.zeros(3, dtype=torch.int64))
+        args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, spec.key())
+        self._replace(site, torch.ops.torchaccel.attend.default, args)
+        self._note(site, registry.decode_attention(spec, self.context.device.type), _describe(layouts[0]), plan)
+
+    def _buffer(self, past: Node, layout: Layout) -> Node:
+        node = self._placeholder(f"{past.name}_buffer")
+        self.inputs.append(self._inner(past, layout, "buf"))
+        return node
+
+    def _inner(self, past: Node, layout: Layout, name: str) -> Any:
+        fake = past.meta["example_value"]
+        if isinstance(fake, LogicalKV):
+            return getattr(fake, name)
+        return getattr(compress(layout, self.examples[self.placeholders.index(past)]), name)
+
+    def _placeholder(self, name: str) -> Node:
+        with self.graph.inserting_after(self.last_placeholder):
+            self.last_placeholder = self.graph.placeholder(name)
+        return self.last_placeholder
+
+    def _replace(self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        with self.graph.inserting_before(site.node):
+            node = self.graph.call_function(target, args)
+        node.meta = dict(site.node.meta)
+        site.node.replace_all_uses_with(node)
+        self.graph.erase_node(site.node)
+
+    def _note(self, site: AttentionSite, choice: registry.Choice, layout: str, plan: SitePlan) -> None:
+        self.sites.append(LoweredSite(site.name, choice.name, layout, plan.window, plan.sinks))
+        if choice.reason is not None:
+            self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, choice.reason))
+
+    def _extra_output(self, node: Node) -> int:
+        if node not in self.extra:
+            self.extra.append(node)
+        return len(self.results) + self.extra.index(node)
+
+    def _token_count(self) -> TokenCount | None:
+        length = self.context.anatomy.query_length
+        if isinstance(length, int):
+            return TokenCount(length)
+        for index, node in enumerate(self.placeholders):
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and value.node.expr == length.node.expr:
+                return TokenCount(None, index)
+            if isinstance(value, Tensor) and not isinstance(value, LogicalKV):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == length.node.expr:
+                        return TokenCount(None, index, dim)
+        return None
+
+    def _finish(self) -> Lowered:
+        kept = [i for i in range(len(self.results)) if i not in self.removed]
+        self.output.args = (tuple([self.results[i] for i in kept] + self.extra),)
+        remove_dead_code(self.graph)
+        alive = []
+        for index, node in enumerate(self.placeholders):
+            # Lengths are data now: without readers they would only add guards and arguments.
+            if node.users or not _cache_or_length(node):
+                alive.append(index)
+            else:
+                self.graph.erase_node(node)
+        bindings = Bindings(
+            tuple(alive),
+            tuple(self.appends),
+            tuple(self.stores),
+            tuple(kept + [len(self.results) + i for i in range(len(self.extra))]),
+            len(self.results),
+        )
+        return Lowered(bindings, self.inputs, self.sites, self.declines)
+
+
+def _cache_or_length(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, (LogicalKV, torch.SymInt, int)) or "past_key_values" in node.name
+
+
+def _describe(layout: Layout) -> str:
+    return layout.format.kind + (" pruned" if layout.positions else "")
+
+
+def _fake(node: Node) -> Any:
+    return node.meta["example_value"]
+
+
+def _hint(size: Any) -> Any:
+    return size if isinstance(size, int) else None

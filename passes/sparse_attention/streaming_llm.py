@@ -1,0 +1,46 @@
+"""StreamingLLM: every query sees the first tokens (attention sinks) and a window of recent ones."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ..base import Decline, Fidelity, Method, MethodOptions, PassResult, Reason, RewriteContext
+
+
+class StreamingLLMOptions(MethodOptions):
+    """sinks: first real tokens of a row that stay visible. window: recent tokens visible, the query's own included."""
+
+    sinks: int = Field(default=4, ge=0, le=4096)
+    window: int = Field(default=1024, ge=1)
+
+
+class StreamingLLM(Method):
+    """Restricts causal attention to sinks and window in prefill, extend and decode; positions stay absolute.
+
+    Only those keys are read: time and traffic stop growing with the context. The cache keeps every token, so the
+    method can be changed between calls.
+    """
+
+    name = "streaming_llm"
+    family = "sparse_attention"
+    aliases = ("a_shape", "streaming")
+    fidelity = Fidelity.APPROX
+    phases = frozenset({"prefill", "extend", "decode"})
+    paper = "Efficient Streaming Language Models with Attention Sinks (2023)"
+    Options = StreamingLLMOptions
+
+    options: StreamingLLMOptions
+
+    def apply(self, context: RewriteContext) -> PassResult:
+        done, declines = [], []
+        for site in context.anatomy.attentions:
+            kind = site.key_cache.kind
+            if kind not in ("fresh", "concatenated", "sliced", "static"):
+                declines.append(Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}"))
+            elif kind == "sliced" or site.key_cache.window is not None:
+                declines.append(Decline(site.name, Reason.SLIDING_WINDOW))
+            elif context.fuel.take():
+                plan = context.plan(site)
+                plan.window, plan.sinks = self.options.window, self.options.sinks
+                done.append(site.name)
+        return self.result(done, declines)

@@ -1,0 +1,147 @@
+"""The backend: from a graph Dynamo captured to the callable that replaces it."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from torchaccel.options import Options, resolve
+from torchaccel.passes.base import Decline, Fidelity, PassResult, Status
+from torchaccel.passes.canonicalize.half_precision import upcast_half
+from torchaccel.passes.lowering.attention import AttentionLowering
+from torchaccel.passes.lowering.linear import lower_linear
+from torchaccel.passes.manager import PassManager
+from torchaccel.reporting import GraphRecord, Journal
+from torchaccel.runtime.compiled_graph import CompiledGraph, plain
+from torchaccel.runtime.kv import LogicalKV
+
+
+class Backend:
+    """What ``torch.compile(model, backend="torchaccel")`` calls for every captured graph."""
+
+    __name__ = "torchaccel"
+
+    def __init__(self, journal: Journal, *, execute_only: bool = False):
+        """journal: where the records go. execute_only: rewrite but do not compile (for ``explain``)."""
+        self.journal = journal
+        self.execute_only = execute_only
+        self.graphs_received = 0
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph. ``options``: see ``torchaccel.options``; ``mode``: an Inductor mode for what is around."""
+        self.graphs_received += 1
+        began = time.perf_counter()
+        resolved = resolve(options)
+        inputs = list(example_inputs)
+        record = GraphRecord("unknown", resolved.requested(), resolved.sources)
+        self.journal.add(record, inputs)
+        compile_rest = self._compiler(mode)
+        record.declined = _unsuitable(inputs)
+        compiled = None
+        if record.declined is None:
+            try:
+                compiled = self._accelerate(gm, inputs, resolved, record, compile_rest)
+            except Exception as error:
+                if resolved.strict:
+                    raise
+                record.declined = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"torchaccel could not rewrite the {record.phase} graph ({record.declined}); it runs through "
+                    "Inductor, exactly. Set options={'strict': True} to get the error itself",
+                    stacklevel=2,
+                )
+        if compiled is None:
+            compiled = _exact(gm, inputs, compile_rest)
+        record.compile_seconds = time.perf_counter() - began
+        return compiled
+
+    def _accelerate(
+        self,
+        gm: GraphModule,
+        inputs: list[Any],
+        options: Options,
+        record: GraphRecord,
+        compile_rest: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        # Dynamo reads the original's placeholders again after the backend returns: work on a copy.
+        module = GraphModule(gm, copy.deepcopy(gm.graph))
+        device = _device(inputs)
+        manager = PassManager(options.methods, strict=options.strict)
+        label = f"graph{self.graphs_received:02d}"
+        context, record.passes = manager.run(module, device, label)
+        record.phase = context.anatomy.phase
+        lowered = AttentionLowering(context, inputs).run()
+        record.sites = lowered.sites
+        record.linear_layers = lower_linear(context.graph, device)
+        # Last, because the kernels above take float16 as it is and compute in float32 themselves.
+        upcast_half(context.graph)
+        record.passes.append(_lowering_result(lowered.declines, [site.site for site in lowered.sites]))
+        context.graph.lint()
+        module.recompile()
+        module.meta = {}
+        manager.dump(context.graph, label, 90, "lowered")
+        dense = _dense_examples(gm, inputs)
+        examples = [dense[i] for i in lowered.bindings.arguments] + lowered.inputs
+        compiled = compile_rest(module, examples)
+        return CompiledGraph(compiled, lowered.bindings, record.counter)
+
+    def _compiler(self, mode: str | None) -> Callable[..., Any]:
+        if self.execute_only:
+            return lambda module, examples: module.forward
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = list_mode_options(mode) if mode else {}
+        return lambda module, examples: compile_fx(module, examples, config_patches=patches)
+
+
+def _unsuitable(inputs: list[Any]) -> str | None:
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    if not tensors:
+        return "the graph has no tensor inputs"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradients are needed (call the model under torch.no_grad() for inference)"
+    devices = {t.device for t in tensors if t.dim() > 0}
+    if len(devices) > 1:
+        return f"its inputs are on several devices ({', '.join(sorted(str(d) for d in devices))})"
+    return None
+
+
+def _exact(gm: GraphModule, inputs: list[Any], compile_rest: Callable[..., Any]) -> Callable[..., Any]:
+    if not any(isinstance(t, LogicalKV) for t in inputs):
+        compiled: Callable[..., Any] = compile_rest(gm, inputs)
+        return compiled
+    module = GraphModule(gm, copy.deepcopy(gm.graph))
+    module.meta = {}
+    compiled = compile_rest(module, _dense_examples(gm, inputs))
+    return lambda *args: compiled(*[plain(arg) for arg in args])
+
+
+def _dense_examples(gm: GraphModule, inputs: list[Any]) -> list[Any]:
+    """The inputs, with the fake dense tensor (symbolic length and all) in place of each logical KV tensor."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    fakes = [node.meta.get("example_value") for node in nodes]
+    return [fake.dense() if isinstance(fake, LogicalKV) else value for fake, value in zip(fakes, inputs, strict=True)]
+
+
+def _device(inputs: list[Any]) -> torch.device:
+    return next((t.device for t in inputs if isinstance(t, Tensor) and t.dim() > 0), torch.device("cpu"))
+
+
+def _lowering_result(declines: list[Decline], sites: list[str]) -> PassResult:
+    status = Status.APPLIED if sites else Status.DECLINED if declines else Status.NO_MATCH
+    return PassResult("lower_attention", Fidelity.EXACT, status, sites, declines)

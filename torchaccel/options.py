@@ -1,0 +1,147 @@
+"""Typed options from three places: ``options=`` wins over ``TORCHACCEL_<OPTION>``, which wins over a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from torchaccel.errors import OptionsError
+from torchaccel.methods import FAMILIES, names
+from torchaccel.passes.base import Method
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"kv_compression": "int8"},
+}
+SWITCHES = ("strict",)
+KEYS = ("preset", *FAMILIES, *SWITCHES)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one compilation was asked to do: its methods in the order they rewrite, and where each value came from.
+
+    sources: option name -> "options", the environment variable, the file, or "preset:<name>".
+    """
+
+    methods: tuple[Method, ...]
+    strict: bool
+    sources: dict[str, str]
+
+    def requested(self) -> dict[str, Any]:
+        """The options as plain data: family -> {"method": name, parameters}."""
+        found = {m.family: {"method": m.name, **m.options.model_dump()} for m in self.methods}  # type: ignore[attr-defined]
+        return {**found, "strict": self.strict} if self.strict else found
+
+
+def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
+    """Combine the three places into typed options; raises ``OptionsError`` naming the key and what is allowed."""
+    environment = os.environ if environment is None else environment
+    values: dict[str, tuple[Any, str]] = {}
+    for found, where in (
+        _from_file(environment.get("TORCHACCEL_CONFIG")),
+        _from_environment(environment),
+        _from_call(options),
+    ):
+        preset = found.pop("preset", None)
+        if preset is not None:
+            if preset not in PRESETS:
+                raise _unknown("preset", preset, PRESETS)
+            values.update({key: (value, f"preset:{preset}") for key, value in PRESETS[preset].items()})
+        values.update({key: (value, where(key)) for key, value in found.items()})
+    methods = []
+    for family in FAMILIES:
+        value, where_from = values.get(family, (None, ""))
+        if value not in (None, False, "none"):
+            methods.append(_method(family, value, where_from))
+    strict = _flag("strict", values.get("strict", (False, ""))[0])
+    sources = {key: where_from for key, (_, where_from) in values.items()}
+    return Options(tuple(methods), strict, sources)
+
+
+def _from_call(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionsError(f"options must be a dict such as {{'kv_compression': 'int8'}}; found {options!r}")
+    found = dict(options or {})
+    _check_keys(found, "options=")
+    return found, lambda key: "options"
+
+
+def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], Any]:
+    found: dict[str, Any] = {}
+    for key in KEYS:
+        text = environment.get(f"TORCHACCEL_{key.upper()}")
+        if text:
+            found[key] = _parse(text)
+    return found, lambda key: f"TORCHACCEL_{key.upper()}"
+
+
+def _from_file(path: str | None) -> tuple[dict[str, Any], Any]:
+    if not path:
+        return {}, lambda key: ""
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionsError(f"TORCHACCEL_CONFIG names {path!r}, which cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionsError(f"TORCHACCEL_CONFIG names {path!r}, which is not valid TOML: {error}") from error
+    _check_keys(found, path)
+    return found, lambda key: path
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _check_keys(found: Mapping[str, Any], where: str) -> None:
+    for key in found:
+        if key not in KEYS:
+            raise _unknown(f"option of {where}", key, KEYS)
+
+
+def _method(family: str, value: Any, where: str) -> Method:
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+        raise OptionsError(
+            f"{family} (from {where}) must be a method's name or {{'method': name, ...}}; found {value!r}; "
+            f"methods: {', '.join(method.name for method in FAMILIES[family])}"
+        )
+    parameters = {key: item for key, item in value.items() if key != "method"}
+    known = names(family)
+    if value["method"] not in known:
+        raise _unknown(f"{family} method", value["method"], known)
+    method = known[value["method"]]
+    fields = method.Options.model_fields
+    for key in parameters:
+        if key not in fields:
+            raise _unknown(f"parameter of {family} method {method.name!r}", key, fields)
+    try:
+        return method(method.Options(**parameters))  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise OptionsError(f"{family}.{key} (from {where}): {first['msg']}; found {first['input']!r}") from error
+
+
+def _flag(key: str, value: Any) -> bool:
+    if value in (True, False, 0, 1):
+        return bool(value)
+    raise OptionsError(f"{key} must be true or false; found {value!r}")
+
+
+def _unknown(what: str, found: Any, known: Any) -> OptionsError:
+    near = difflib.get_close_matches(str(found), [str(name) for name in known], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return OptionsError(f"unknown {what} {found!r}{hint} Known: {', '.join(str(name) for name in known) or 'none'}")

@@ -1,0 +1,184 @@
+"""What happened to a model: every graph that was compiled for it, what fired where, what declined and why."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torchaccel.passes.base import PassResult
+from torchaccel.passes.lowering.attention import LoweredSite
+from torchaccel.runtime.compiled_graph import CallCounter
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph: how it was rewritten and compiled, and how often it ran."""
+
+    phase: str
+    requested: dict[str, Any]
+    sources: dict[str, str]
+    passes: list[PassResult] = field(default_factory=list)
+    sites: list[LoweredSite] = field(default_factory=list)
+    linear_layers: int = 0
+    declined: str | None = None
+    compile_seconds: float = 0.0
+    counter: CallCounter = field(default_factory=CallCounter)
+
+
+@dataclass
+class Report:
+    """The records of one model's compilations, in the order they happened."""
+
+    records: list[GraphRecord]
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs compiled."""
+        return len(self.records)
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs beyond the first of each phase and set of options."""
+        return len(self.records) - len({(r.phase, repr(r.requested)) for r in self.records})
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling, in seconds."""
+        return sum(r.compile_seconds for r in self.records)
+
+    @property
+    def requested(self) -> dict[str, Any]:
+        """The options of the last compilation, as given."""
+        return self.records[-1].requested if self.records else {}
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """Per method: the phases in which it was applied and the number of sites."""
+        found: dict[str, Any] = {}
+        for record in self.records:
+            for result in record.passes:
+                if result.status.value == "applied" and result.name != "canonicalize":
+                    found.setdefault(result.name, {})[record.phase] = len(result.sites)
+        return found
+
+    @property
+    def declines(self) -> list[str]:
+        """Everything that was asked for and not done, with its reason."""
+        lines = [f"{r.phase}: {r.declined}" for r in self.records if r.declined]
+        lines += [f"{r.phase}: {p.name}: {d}" for r in self.records for p in r.passes for d in p.declines]
+        return list(dict.fromkeys(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "graphs": self.graphs,
+            "recompiles": self.recompiles,
+            "compile_seconds": round(self.compile_seconds, 3),
+            "requested": self.requested,
+            "effective": self.effective,
+            "declines": self.declines,
+            "records": [
+                {
+                    "phase": r.phase,
+                    "requested": r.requested,
+                    "sources": r.sources,
+                    "declined": r.declined,
+                    "compile_seconds": round(r.compile_seconds, 3),
+                    "calls": r.counter.calls,
+                    "milliseconds": round(1e3 * r.counter.seconds, 3),
+                    "linear_layers": r.linear_layers,
+                    "passes": [
+                        {
+                            "name": p.name,
+                            "fidelity": p.fidelity.value,
+                            "status": p.status.value,
+                            "sites": p.sites,
+                            "declines": [str(d) for d in p.declines],
+                            "detail": p.detail,
+                        }
+                        for p in r.passes
+                    ],
+                    "sites": [vars(s) for s in r.sites],
+                }
+                for r in self.records
+            ],
+        }
+
+    def __str__(self) -> str:
+        if not self.records:
+            return (
+                "torchaccel compiled nothing for this model. Call it at least once after "
+                "model.compile(backend='torchaccel'); torch.compile(model) alone does not reach model.generate()"
+            )
+        stream = io.StringIO()
+        console = Console(file=stream, width=120)
+        console.print(
+            f"torchaccel: {self.graphs} graphs, {self.recompiles} recompiles, {self.compile_seconds:.1f} s compiling"
+        )
+        console.print(self._requested_table())
+        console.print(self._graph_table())
+        for line in self.declines:
+            console.print(f"declined  {line}", highlight=False)
+        return stream.getvalue()
+
+    def _requested_table(self) -> Table:
+        table = Table("option", "requested", "from", "effective", title="requested and effective")
+        last = self.records[-1]
+        for key, value in self.requested.items():
+            name = value.get("method", value) if isinstance(value, dict) else value
+            done = self.effective.get(name)
+            shown = "not applied" if done is None else ", ".join(f"{phase}: {n} sites" for phase, n in done.items())
+            table.add_row(key, str(value), last.sources.get(key, "default"), shown)
+        if not self.requested:
+            table.add_row("(none)", "exact", "default", "exact")
+        return table
+
+    def _graph_table(self) -> Table:
+        table = Table("graph", "attention kernels", "cache", "linears", "calls", "ms/call", "compile s", title="graphs")
+        for record in self.records:
+            kernels = _counted([s.kernel + (f" window {s.window}+{s.sinks}" if s.window else "") for s in record.sites])
+            mean = 1e3 * record.counter.seconds / record.counter.calls if record.counter.calls else 0.0
+            table.add_row(
+                record.phase,
+                kernels or (record.declined and "inductor") or "-",
+                _counted([s.layout for s in record.sites]) or "-",
+                str(record.linear_layers),
+                str(record.counter.calls),
+                f"{mean:.2f}",
+                f"{record.compile_seconds:.1f}",
+            )
+        return table
+
+
+class Journal:
+    """Remembers, weakly, which graphs were compiled for which parameters.
+
+    It is the one thing shared by all compilations of a process, and nothing but ``report`` reads it.
+    """
+
+    def __init__(self) -> None:
+        self.by_parameter: Any = WeakTensorKeyDictionary()
+
+    def add(self, record: GraphRecord, inputs: list[Any]) -> None:
+        """File a record under every parameter among the graph's inputs."""
+        for value in inputs:
+            if isinstance(value, torch.nn.Parameter):
+                self.by_parameter.setdefault(value, []).append(record)
+
+    def of(self, model: torch.nn.Module) -> Report:
+        """The report of a model, and of what else shares its parameters."""
+        found: dict[int, GraphRecord] = {}
+        for parameter in model.parameters():
+            for record in self.by_parameter.get(parameter, []):
+                found.setdefault(id(record), record)
+        return Report(list(found.values()))
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

@@ -1,0 +1,81 @@
+"""How the inputs and outputs of a rewritten graph meet the model's: which arguments are caches, and what they become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .storage import Layout
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Where a call's number of new tokens is found: a constant, or dimension ``dim`` of argument ``argument``."""
+
+    constant: int | None = None
+    argument: int = -1
+    dim: int = 0
+
+    def of(self, args: tuple[object, ...]) -> int:
+        """The number for these arguments."""
+        if self.constant is not None:
+            return self.constant
+        found = args[self.argument]
+        return found if isinstance(found, int) else int(found.shape[self.dim])  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class AppendBinding:
+    """A layer that appends to its cache in this graph.
+
+    key_argument, value_argument: positions of the past keys and values among the graph's arguments. key_output,
+    value_output: positions of the updated ones among its results. key_layout, value_layout: for plain tensors that a
+    cache brings along. window: tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does
+    not run; only the logical length advances.
+    """
+
+    key_argument: int
+    value_argument: int
+    key_output: int
+    value_output: int
+    key_layout: Layout
+    value_layout: Layout
+    tokens: TokenCount
+    window: int | None = None
+    positions: bool = False
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class StoreBinding:
+    """A layer whose prompt keys and values come out of this graph and are put into storage.
+
+    positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length then.
+    """
+
+    key_output: int
+    value_output: int
+    key_layout: Layout
+    value_layout: Layout
+    positions_output: int | None = None
+    tokens: TokenCount | None = None
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """The whole signature of a rewritten graph.
+
+    arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
+    buffer, value buffer, positions (when pruned) and lens. results: for each result of the compiled graph its position
+    among the model's; positions from ``result_count`` on are for the stores only.
+    """
+
+    arguments: tuple[int, ...]
+    appends: tuple[AppendBinding, ...]
+    stores: tuple[StoreBinding, ...]
+    results: tuple[int, ...]
+    result_count: int
+
+    @property
+    def slots(self) -> int:
+        """Results and extra results together."""
+        return max((self.result_count, *(position + 1 for position in self.results)))

@@ -1,0 +1,113 @@
+"""The callable that stands in the model: unwraps logical KV tensors, runs the compiled graph, wraps what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bindings import AppendBinding, Bindings, StoreBinding
+from .kv import LogicalKV, compress, view, writable
+from .storage import Layout
+
+
+class CallCounter:
+    """How often a compiled graph ran and for how long."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.seconds = 0.0
+
+
+class CompiledGraph:
+    """A rewritten and compiled graph with the signature of the one it replaces."""
+
+    def __init__(self, compiled: Callable[..., Any], bindings: Bindings, counter: CallCounter):
+        self.compiled = compiled
+        self.bindings = bindings
+        self.counter = counter
+        self.slots = bindings.slots
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """Run one step; arguments and results are those of the graph Dynamo captured."""
+        began = time.perf_counter()
+        bindings = self.bindings
+        inputs = [plain(args[i]) for i in bindings.arguments]
+        results: list[Any] = [None] * self.slots
+        lens: dict[tuple[int, int, int], Tensor] = {}
+        for append in bindings.appends:
+            self._append(append, args, inputs, results, lens)
+        produced = self.compiled(*inputs)
+        for position, value in zip(bindings.results, produced, strict=True):
+            results[position] = value
+        for store in bindings.stores:
+            self._store(store, args, results)
+        self.counter.calls += 1
+        self.counter.seconds += time.perf_counter() - began
+        return results[: bindings.result_count]
+
+    def _append(
+        self,
+        binding: AppendBinding,
+        args: tuple[Any, ...],
+        inputs: list[Any],
+        results: list[Any],
+        lens: dict[tuple[int, int, int], Tensor],
+    ) -> None:
+        keys, values = args[binding.key_argument], args[binding.value_argument]
+        n = binding.tokens.of(args)
+        if not isinstance(keys, LogicalKV) or not isinstance(values, LogicalKV):
+            keys, values = adopt(keys, binding.key_layout), adopt(values, binding.value_layout)
+        keys, values = writable_pair(keys, values, n)
+        logical = keys.shape[2]
+        key_storage, value_storage = keys.storage, values.storage
+        assert key_storage is not None and value_storage is not None
+        if binding.skipped:
+            end = keys.end
+        else:
+            lengths = (keys.start, keys.end, logical)
+            if lengths not in lens:
+                lens[lengths] = torch.tensor(lengths, dtype=torch.int64)
+            inputs += [key_storage.buf, value_storage.buf]
+            if binding.positions:
+                inputs.append(key_storage.positions)
+            inputs.append(lens[lengths])
+            end = keys.end + n
+            key_storage.filled = value_storage.filled = end
+        total = logical + n
+        start = keys.start
+        if binding.window is not None and total > binding.window - 1:
+            if not binding.skipped:
+                start += total - binding.window + 1
+            total = binding.window - 1
+        results[binding.key_output] = view(key_storage, start, end, total)
+        results[binding.value_output] = view(value_storage, start, end, total)
+
+    def _store(self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any]) -> None:
+        positions = logical = None
+        if binding.positions_output is not None and binding.tokens is not None:
+            positions, logical = results[binding.positions_output], binding.tokens.of(args)
+        for output, layout in ((binding.key_output, binding.key_layout), (binding.value_output, binding.value_layout)):
+            kept = positions if layout.positions else None
+            results[output] = compress(layout, results[output], logical, kept)
+
+
+def plain(argument: Any) -> Any:
+    """The argument as the compiled graph takes it: logical KV tensors that no kernel reads are read back."""
+    return argument.dense().contiguous() if isinstance(argument, LogicalKV) else argument
+
+
+def adopt(tokens: Any, layout: Layout) -> LogicalKV:
+    """A logical KV tensor for a plain cache tensor ``[B, H, S, D]`` made elsewhere (one copy)."""
+    return tokens if isinstance(tokens, LogicalKV) else compress(layout, tokens)
+
+
+def writable_pair(keys: LogicalKV, values: LogicalKV, room: int) -> tuple[LogicalKV, LogicalKV]:
+    """Keys and values with room for ``room`` tokens, copied together or not at all so that their slots agree."""
+    new_keys, new_values = writable(keys, room), writable(values, room)
+    if (new_keys is keys) != (new_values is values):
+        new_keys, new_values = writable(keys, room, copy=True), writable(values, room, copy=True)
+    return new_keys, new_values
