@@ -1,1 +1,1 @@
-"""Triton realisations of the kernel specs: source generated per spec, triton imported only when a kernel is launched."""
+"""Triton realisations of the kernel specs: source generated per spec; triton is imported only to launch a kernel."""

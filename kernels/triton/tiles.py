@@ -7,8 +7,13 @@ from functools import lru_cache
 
 import torch
 
+from ..spec import AttentionSpec
+
 # Shared memory of one thread block, in bytes.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+
+# How float32 products are made: three TF32 products on NVIDIA's tensor cores keep about 22 bits, AMD's take float32.
+PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "gfx942": "ieee"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,48 @@ PREFILL_TILES_FLOAT32: dict[tuple[str, int], Tile] = {
     for family in SHARED_LIMIT
     for width in (64, 128, 256)
 }
-DECODE_TILES: dict[tuple[str, int], DecodeConfig] = {
-    ("sm_80", 64): DecodeConfig(64, 4, 3),
-    ("sm_80", 128): DecodeConfig(64, 4, 3),
-    ("sm_80", 256): DecodeConfig(32, 4, 3),
-    ("sm_90", 64): DecodeConfig(64, 4, 3),
-    ("sm_90", 128): DecodeConfig(64, 4, 3),
-    ("sm_90", 256): DecodeConfig(32, 4, 3),
-    ("gfx942", 64): DecodeConfig(64, 4, 2),
-    ("gfx942", 128): DecodeConfig(64, 4, 2),
-    ("gfx942", 256): DecodeConfig(32, 4, 2),
+# (family, how the cache is stored, widest head dimension): up to 32 query rows of a KV head, and more rows.
+# An int8 tile is one block of 64 tokens.
+DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
+    ("sm_80", "half", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_80", "half", 128): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_80", "half", 256): (DecodeConfig(32, 4, 3), DecodeConfig(32, 8, 3)),
+    ("sm_80", "int8", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_80", "int8", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 2)),
+    ("sm_80", "int8", 256): (DecodeConfig(64, 8, 2), DecodeConfig(64, 8, 2)),
+    ("sm_80", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
+    ("sm_80", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
+    ("sm_80", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
+    ("sm_90", "half", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "half", 128): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "half", 256): (DecodeConfig(32, 4, 3), DecodeConfig(32, 8, 3)),
+    ("sm_90", "int8", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "int8", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "int8", 256): (DecodeConfig(64, 8, 1), DecodeConfig(64, 8, 1)),
+    ("sm_90", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
+    ("sm_90", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
+    ("sm_90", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
+    ("gfx942", "half", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
+    ("gfx942", "half", 128): (DecodeConfig(64, 4, 2), DecodeConfig(32, 8, 2)),
+    ("gfx942", "half", 256): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
+    ("gfx942", "int8", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
+    ("gfx942", "int8", 128): (DecodeConfig(64, 8, 2), DecodeConfig(64, 4, 1)),
+    ("gfx942", "int8", 256): (DecodeConfig(64, 4, 1), DecodeConfig(64, 4, 1)),
+    ("gfx942", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
+    ("gfx942", "float32", 128): (DecodeConfig(32, 4, 1), DecodeConfig(32, 8, 1)),
+    ("gfx942", "float32", 256): (DecodeConfig(32, 4, 1), DecodeConfig(32, 4, 1)),
+}
+# Query rows of a KV head (padded to a power of two) whose accumulator still fits the registers of one program.
+MAX_ROWS: dict[tuple[str, int], int] = {
+    ("half", 64): 128,
+    ("half", 128): 128,
+    ("half", 256): 32,
+    ("int8", 64): 128,
+    ("int8", 128): 64,
+    ("int8", 256): 16,
+    ("float32", 64): 64,
+    ("float32", 128): 32,
+    ("float32", 256): 16,
 }
 
 
@@ -84,20 +121,22 @@ def width_of(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def decode_config(family: str, head_dim: int, rows: int, int8: bool, dtype: str) -> DecodeConfig:
+def storage_of(spec: AttentionSpec) -> str:
+    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "int8" or "float32"."""
+    if "int8" in (spec.key_format.kind, spec.value_format.kind):
+        return "int8"
+    return "float32" if spec.dtype == "float32" else "half"
+
+
+def max_rows(spec: AttentionSpec) -> int:
+    """How many query rows of a KV head (group x new tokens, padded) one decode program can hold."""
+    return MAX_ROWS[storage_of(spec), width_of(spec.head_dim)]
+
+
+def decode_config(spec: AttentionSpec, family: str, rows: int) -> DecodeConfig:
     """Launch choices for ``rows`` query rows per KV head (already a power of two)."""
-    seed = DECODE_TILES[family, width_of(head_dim)]
-    block_n = 64 if int8 else seed.block_n
-    warps, stages = seed.warps, seed.stages
-    if rows * width_of(head_dim) > 64 * 128:
-        warps = 8
-    if dtype == "float32":
-        stages = 1 if family == "gfx942" or width_of(head_dim) == 256 else 2
-        if not int8:
-            block_n = min(block_n, 32)
-    if int8 and width_of(head_dim) == 256:
-        warps, stages = 8, min(stages, 2)
-    return DecodeConfig(block_n, warps, stages)
+    few, many = DECODE_TILES[family, storage_of(spec), width_of(spec.head_dim)]
+    return few if rows <= 32 else many
 
 
 def prefill_tile(family: str, head_dim: int, dtype: str) -> Tile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -34,9 +33,7 @@ def compile_for(
     torch allocates them, and integers to be anything, as the kernels declare them.
     """
     types = {name: "constexpr" if name in constants else signature[name] for name in fn.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if types[name].startswith("*")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if types[name].startswith("*")}
     source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", int(family[3:]), 32) if family.startswith("sm_") else GPUTarget("hip", family, 64)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -57,11 +54,10 @@ def usage(compiled: Any) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        report = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)], capture_output=True, text=True, check=True
-        ).stdout
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
-        raise RuntimeError(f"cuobjdump reported no resources: {report[-200:]}{os.linesep}")
+        raise RuntimeError(f"cuobjdump reported no resources: {report[-200:]}")
     registers, stack, local = map(int, found.groups())
     return Usage(registers, stack + local, compiled.metadata.shared)

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
 from torchaccel.kernels import kv_format, reference
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 from torchaccel.kernels.triton.decode_attention import decode_attention
@@ -167,15 +166,10 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
     mask = _mask(case, logical + case.new if case.append else case.end - case.start, generator)
 
     inputs = [q, k_new, v_new, k_full, v_full, mask, positions]
-    q2, k_new2, v_new2, k_full2, v_full2, mask2, positions2 = (
-        None if x is None else x.clone() if x is not mask or device.type == "cpu" else x.clone() for x in inputs
-    )
-    expected = _expected(case, spec, inputs, lens)
-
+    moved = [None if x is None else x.clone().to(device) for x in inputs]
     if case.transposed:
-        q2 = q2.transpose(1, 2).contiguous().transpose(1, 2)
-        k_new2 = k_new2.transpose(1, 2).contiguous().transpose(1, 2)
-    moved = [None if x is None else x.to(device) for x in (q2, k_new2, v_new2, k_full2, v_full2, mask2, positions2)]
+        moved[:2] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in moved[:2]]
+    expected = _expected(case, spec, inputs, lens)
     got = _run(case, spec, moved, lens)
     return _difference(case, expected, got, inputs, moved)
 
@@ -201,9 +195,7 @@ def _run(case: DecodeCase, spec: AttentionSpec, moved: list[Any], lens: Tensor) 
     return decode_attention(spec, config)(q, *new, k_full[: case.batch], v_full[: case.batch], lens, mask, rows)
 
 
-def _difference(
-    case: DecodeCase, expected: Tensor, got: Tensor, inputs: list[Any], moved: list[Any]
-) -> str | None:
+def _difference(case: DecodeCase, expected: Tensor, got: Tensor, inputs: list[Any], moved: list[Any]) -> str | None:
     for name, before, after in zip(("keys", "values"), inputs[3:5], moved[3:5], strict=True):
         if not torch.equal(before.view(torch.uint8), after.cpu().view(torch.uint8)):
             return f"the {name} buffer differs from the reference's"

@@ -1,7 +1,7 @@
 """Make Triton's interpreter compute bfloat16 correctly: it works on the raw 16-bit patterns and truncates casts.
 
-Every operation on bfloat16 operands is done in float32 and rounded to nearest even, as the hardware does. Importing this
-module changes the interpreter of the running process, so only the interpreter's own process imports it.
+Every operation on bfloat16 operands is done in float32 and rounded to nearest even, as the hardware does. ``install``
+changes the interpreter of the running process, so only the interpreter's own process calls it.
 """
 
 from __future__ import annotations

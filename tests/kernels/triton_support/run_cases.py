@@ -1,4 +1,7 @@
-"""Run every case in this process and print one JSON line for each: ``python -m ... interpreter|cuda``."""
+"""Run cases in this process and print one JSON line for each.
+
+``python -m triton_support.run_cases interpreter|cuda [case ...]``; "interpreter" needs TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,32 @@ import traceback
 import torch
 
 
-def main(where: str) -> None:
-    """``interpreter``: on the CPU (TRITON_INTERPRET=1 is set by the caller); ``cuda``: on the GPU."""
+def main(where: str, only: list[str]) -> None:
+    """Run all cases, or those named in ``only``, on the CPU through Triton's interpreter or on the GPU."""
     if where == "interpreter":
-        from tests.kernels.triton_support import interpreter_bfloat16
+        from . import interpreter_bfloat16
 
         interpreter_bfloat16.install()
         torch.set_num_threads(1)
-    from tests.kernels.triton_support.decode_cases import DECODE_CASES, run_decode_case
+    from .decode_cases import DECODE_CASES, run_decode_case
+    from .prefill_cases import PREFILL_CASES, run_prefill_case
 
     # Results are allocated full of NaN, so that what a kernel forgets to write is seen.
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda" if where == "cuda" else "cpu")
-    only = sys.argv[2:]
-    for case in DECODE_CASES:
-        if only and case.name not in only:
+    runs = [(case.name, run_decode_case, case) for case in DECODE_CASES]
+    runs += [(case.name, run_prefill_case, case) for case in PREFILL_CASES]
+    for name, run, case in runs:
+        if only and name not in only:
             continue
         began = time.perf_counter()
         try:
-            error = run_decode_case(case, device)
+            error = run(case, device)
         except Exception:
             error = traceback.format_exc()
-        print(json.dumps({"case": case.name, "error": error, "seconds": round(time.perf_counter() - began, 2)}), flush=True)
+        seconds = round(time.perf_counter() - began, 2)
+        print(json.dumps({"case": name, "error": error, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

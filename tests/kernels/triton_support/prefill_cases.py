@@ -1,0 +1,100 @@
+"""Prefill attention cases over a window and sinks: inputs, the expected result, and the check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchaccel.kernels import reference
+from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
+from torchaccel.kernels.triton.tiles import Tile
+from torchaccel.kernels.triton.window_prefill import prefill_attention
+
+from .decode_cases import TOLERANCE
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """One prompt of ``tokens`` tokens, and the spec fields of its attention."""
+
+    name: str
+    head_dim: int = 64
+    group: int = 4
+    dtype: str = "bfloat16"
+    softcap: float | None = None
+    mask: Literal["none", "bool", "additive"] = "none"
+    left_padding: tuple[int, ...] = ()
+    window: int | None = 40
+    sinks: int = 4
+    batch: int = 1
+    kv_heads: int = 1
+    tokens: int = 200
+    tile: tuple[int, int] = (64, 32)
+    transposed: bool = False
+
+    def spec(self) -> AttentionSpec:
+        """The attention spec of the case."""
+        fmt = KVFormat("dense", self.dtype, self.head_dim)
+        return AttentionSpec(
+            phase="prefill",
+            head_dim=self.head_dim,
+            group=self.group,
+            dtype=self.dtype,
+            key_format=fmt,
+            value_format=fmt,
+            scale=0.2,
+            softcap=self.softcap,
+            mask=self.mask,
+            window=self.window,
+            sinks=self.sinks,
+        )
+
+
+PREFILL_CASES = [
+    PrefillCase("prefill_bfloat16", batch=2, kv_heads=2, group=1, tokens=123, transposed=True),
+    PrefillCase("prefill_float32", dtype="float32", group=3, tokens=170, window=70, sinks=40),
+    PrefillCase("prefill_float16_weird_head", dtype="float16", head_dim=42, group=1, tokens=123, sinks=0),
+    PrefillCase("prefill_causal", dtype="float32", window=None, sinks=0, group=1, tokens=150),
+    PrefillCase("prefill_window_wider_than_prompt", window=500, sinks=6, group=2, tokens=130),
+    PrefillCase("prefill_window_of_one", window=1, sinks=1, group=1, dtype="float32", tokens=100),
+    PrefillCase("prefill_short", tokens=6, group=8, window=3, sinks=1, dtype="float32", head_dim=6),
+    PrefillCase("prefill_wide_tiles", tokens=300, group=1, tile=(128, 64), window=100, sinks=70),
+    PrefillCase("prefill_narrow_rows", tokens=200, group=1, tile=(16, 64), window=20, dtype="float32"),
+    PrefillCase("prefill_softcap", softcap=5.0, group=1, dtype="float32", tokens=100),
+    PrefillCase("prefill_bool_mask", mask="bool", left_padding=(0, 123), batch=2, group=1),
+    PrefillCase("prefill_additive_mask", mask="additive", left_padding=(0, 42), batch=2, group=1, dtype="float32"),
+    PrefillCase("prefill_padding_hides_all", mask="bool", left_padding=(1000,), group=1, tokens=70),
+]
+
+
+def run_prefill_case(case: PrefillCase, device: torch.device) -> str | None:
+    """Run ``case`` on ``device`` against the reference: None when it agrees, else what differs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        return torch.randn(case.batch, heads, case.tokens, case.head_dim, generator=generator).to(DTYPES[case.dtype])
+
+    q, k, v = random(case.kv_heads * case.group), random(case.kv_heads), random(case.kv_heads)
+    mask = _mask(case, generator)
+    expected = reference.prefill_attention(case.spec(), q, k, v, mask)
+    if case.transposed:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    moved = [None if x is None else x.to(device) for x in (q, k, v, mask)]
+    got = prefill_attention(case.spec(), Tile(*case.tile, warps=4, stages=2))(*moved).cpu()
+    bound = TOLERANCE[case.dtype] * float(expected.float().abs().max())
+    error = float((got.float() - expected.float()).abs().max())
+    return None if error <= bound else f"largest error {error:.3g}, allowed {bound:.3g}"
+
+
+def _mask(case: PrefillCase, generator: torch.Generator) -> Tensor | None:
+    if case.mask == "none":
+        return None
+    allowed = torch.rand(case.batch, 1, case.tokens, case.tokens, generator=generator) > 0.3
+    for row, padding in enumerate(case.left_padding):
+        allowed[row, ..., :padding] = False
+        allowed[row, ..., padding : padding + 1] = True
+    if case.mask == "bool":
+        return allowed
+    return torch.randn(allowed.shape, generator=generator).masked_fill(~allowed, -torch.inf)
