@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-import networkx as nx  # type: ignore[import-untyped]
+import networkx as nx
 from torch.fx import Graph, Node
 
 from .nodes import ancestors, arguments, descendants, dtype, op_name, positions, rank, same_shape
