@@ -90,7 +90,7 @@ def filled_cache(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, capacit
     return cache
 
 
-def capture_phase(
+def phase_call(
     model: nn.Module,
     phase: str,
     batch: int = 2,
@@ -99,8 +99,8 @@ def capture_phase(
     dynamic: bool = False,
     extend: int = 3,
     **kwargs: Any,
-) -> Captured:
-    """The one graph of a phase of a causal model, asserted to be one.
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids and keyword arguments of one call of a causal model in a phase; fresh caches at every call.
 
     phase: "prefill", "decode" (one token on a DynamicCache), "extend" (``extend`` tokens on it) or "static" (one token
     on a StaticCache). dynamic: mark the sequence dimensions dynamic (token count in prefill, cache length otherwise).
@@ -115,7 +115,7 @@ def capture_phase(
         mask = torch.cat([mask, torch.ones_like(step)], -1)
     arguments = {"use_cache": True, "logits_to_keep": 1, **inputs_of(mask, step.shape[1]), **kwargs}
     if dynamic:
-        torch._dynamo.maybe_mark_dynamic(arguments["attention_mask"], 1)
+        torch._dynamo.maybe_mark_dynamic(mask, 1)
         if phase == "prefill":
             torch._dynamo.maybe_mark_dynamic(step, 1)
             torch._dynamo.maybe_mark_dynamic(arguments["position_ids"], 1)
@@ -123,23 +123,35 @@ def capture_phase(
             for layer in cache.layers:
                 torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
                 torch._dynamo.maybe_mark_dynamic(layer.values, 2)
-    found = capture(model, step, past_key_values=cache, dynamic=None if dynamic else False, **arguments)
-    if len(found) != 1:
-        raise AssertionError(f"expected one graph of phase {phase}, Dynamo made {len(found)}")
-    return found[0]
+    return step, {"past_key_values": cache, **arguments}
 
 
-def capture_encoder(model: nn.Module, batch: int = 2, length: int = 7, padded: bool = True, **kwargs: Any) -> Captured:
-    """The one graph of an encoder: token ids and mask, or pixels for a vision model."""
+def capture_phase(model: nn.Module, phase: str, dynamic: bool = False, **kwargs: Any) -> Captured:
+    """The one graph of a phase of a causal model, asserted to be one; arguments as of ``phase_call``."""
+    step, arguments = phase_call(model, phase, dynamic=dynamic, **kwargs)
+    return _only(capture(model, step, dynamic=None if dynamic else False, **arguments))
+
+
+def encoder_call(
+    model: nn.Module, batch: int = 2, length: int = 7, padded: bool = True
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids and mask, padded on the right, or pixels for a vision model."""
     if hasattr(model.config, "image_size"):
         size = model.config.image_size
-        pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-        found = capture(model, pixels, **kwargs)
-    else:
-        ids, mask = tokens(batch, length)
-        if padded:
-            mask[0, -3:] = 0
-        found = capture(model, ids, attention_mask=mask, **kwargs)
+        return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)), {}
+    ids, mask = tokens(batch, length)
+    if padded:
+        mask[0, -3:] = 0
+    return ids, {"attention_mask": mask}
+
+
+def capture_encoder(model: nn.Module, **kwargs: Any) -> Captured:
+    """The one graph of an encoder; arguments as of ``encoder_call``."""
+    step, arguments = encoder_call(model, **kwargs)
+    return _only(capture(model, step, **arguments))
+
+
+def _only(found: list[Captured]) -> Captured:
     if len(found) != 1:
         raise AssertionError(f"expected one graph, Dynamo made {len(found)}")
     return found[0]
