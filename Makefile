@@ -37,7 +37,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The measurements of the README, one document each; takes about half an hour on a quiet machine with two cores.
+# The measurements of the README, one document each; run it on a machine that does nothing else.
 bench: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/torchaccel bench decode --model llama-110m --context 32768 --json $(RESULTS)/decode-32k.json

@@ -1,0 +1,62 @@
+"""The command line: one document on stdout, exit codes, tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .schema import check_document, check_methods
+from .tiny import save_tiny_model
+
+
+def torchaccel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from torchaccel.cli import app; app()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_json_on_stdout_is_one_document_and_nothing_else(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path)
+    done = torchaccel(
+        *("bench", "decode", "--model", str(folder), "--context", "64", "--baselines", "eager", "--steps", "2"),
+        *("--warmup", "0", "--warm", "--device", "cpu", "--json", "-"),
+    )
+    found = json.loads(done.stdout)
+    check_document(found)
+    assert [r["variant"] for r in found["results"]] == ["eager", "torchaccel:exact", "torchaccel:int8"]
+    assert done.returncode == 0, done.stderr
+    assert "compiling and warming up" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "decode", "--baselines", "jit"), "unknown baseline 'jit'"),
+        (("bench", "decode", "--options", "{int8}"), "is not JSON"),
+        (("bench", "decode", "--options", '{"kv_compresion": "int8"}'), "kv_compresion"),
+        (("bench", "decode", "--model", "no-such-model"), "neither demo nor llama-110m"),
+        (("bench", "prefill", "--context", "-3"), "--context"),
+        (("methods", "--family", "attention"), "unknown family 'attention'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]),
+)
+def test_unusable_arguments_exit_with_2_and_say_why(arguments: tuple[str, ...], message: str) -> None:
+    done = torchaccel(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+def test_methods_as_json() -> None:
+    everything = json.loads(torchaccel("methods", "--json").stdout)
+    check_methods(everything)
+    family = json.loads(torchaccel("methods", "--family", "kv_compression", "--json").stdout)
+    assert family == [row for row in everything if row["family"] == "kv_compression"]
+
+
+def test_info_names_versions_and_devices() -> None:
+    found = json.loads(torchaccel("info", "--json").stdout)
+    assert {"torchaccel", "torch", "compiler", "cpu", "cores", "cuda"} <= set(found)
