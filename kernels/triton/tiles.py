@@ -36,23 +36,27 @@ class DecodeConfig:
     splits: int | None = None
 
 
-# Starting points taken from public kernels (FlexAttention, FlashAttention, vLLM): (family, widest head dimension).
-PREFILL_TILES: dict[tuple[str, int], Tile] = {
-    ("sm_80", 64): Tile(128, 64, 4, 3),
-    ("sm_80", 128): Tile(128, 64, 8, 3),
-    ("sm_80", 256): Tile(64, 32, 4, 2),
-    ("sm_90", 64): Tile(128, 128, 8, 3),
-    ("sm_90", 128): Tile(128, 64, 8, 3),
-    ("sm_90", 256): Tile(64, 32, 4, 3),
-    ("gfx942", 64): Tile(128, 64, 4, 2),
-    ("gfx942", 128): Tile(128, 32, 4, 2),
-    ("gfx942", 256): Tile(64, 32, 4, 1),
-}
-# float32 products run on the plain cores here (exact, no TF32), with registers as the limit.
-PREFILL_TILES_FLOAT32: dict[tuple[str, int], Tile] = {
-    (family, width): Tile(32, 32 if width < 256 else 16, 4, 2 if width < 256 else 1)
-    for family in SHARED_LIMIT
-    for width in (64, 128, 256)
+# Starting points taken from public kernels (FlexAttention, FlashAttention, vLLM), shrunk until nothing spills:
+# (family, 16 or 32 bits, widest head dimension): without a mask argument, and with one (its addresses take registers).
+PREFILL_TILES: dict[tuple[str, str, int], tuple[Tile, Tile]] = {
+    ("sm_80", "half", 64): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
+    ("sm_80", "half", 128): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)),
+    ("sm_80", "half", 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_80", "float32", 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", "float32", 128): (Tile(32, 32, 8, 2), Tile(16, 32, 4, 2)),
+    ("sm_80", "float32", 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ("sm_90", "half", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+    ("sm_90", "half", 128): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
+    ("sm_90", "half", 256): (Tile(64, 32, 8, 3), Tile(32, 32, 8, 3)),
+    ("sm_90", "float32", 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_90", "float32", 128): (Tile(32, 32, 8, 2), Tile(16, 32, 4, 2)),
+    ("sm_90", "float32", 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ("gfx942", "half", 64): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
+    ("gfx942", "half", 128): (Tile(128, 32, 4, 2), Tile(128, 32, 4, 2)),
+    ("gfx942", "half", 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    ("gfx942", "float32", 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("gfx942", "float32", 128): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("gfx942", "float32", 256): (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
 }
 # (family, how the cache is stored, widest head dimension): up to 32 query rows of a KV head, and more rows.
 # An int8 tile is one block of 64 tokens.
@@ -79,7 +83,7 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("gfx942", "half", 128): (DecodeConfig(64, 4, 2), DecodeConfig(32, 8, 2)),
     ("gfx942", "half", 256): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
     ("gfx942", "int8", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
-    ("gfx942", "int8", 128): (DecodeConfig(64, 8, 2), DecodeConfig(64, 4, 1)),
+    ("gfx942", "int8", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
     ("gfx942", "int8", 256): (DecodeConfig(64, 4, 1), DecodeConfig(64, 4, 1)),
     ("gfx942", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 128): (DecodeConfig(32, 4, 1), DecodeConfig(32, 8, 1)),
@@ -139,10 +143,11 @@ def decode_config(spec: AttentionSpec, family: str, rows: int) -> DecodeConfig:
     return few if rows <= 32 else many
 
 
-def prefill_tile(family: str, head_dim: int, dtype: str) -> Tile:
+def prefill_tile(spec: AttentionSpec, family: str) -> Tile:
     """Launch choices of a prefill kernel."""
-    table = PREFILL_TILES_FLOAT32 if dtype == "float32" else PREFILL_TILES
-    return table[family, width_of(head_dim)]
+    bits = "float32" if spec.dtype == "float32" else "half"
+    plain, masked = PREFILL_TILES[family, bits, width_of(spec.head_dim)]
+    return plain if spec.mask == "none" else masked
 
 
 def split_count(tokens: int, block_n: int, work: int, processors: int) -> int:

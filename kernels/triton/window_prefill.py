@@ -76,7 +76,7 @@ class PrefillAttention:
             raise ValueError(f"a mask must be given exactly when the spec names one: {spec.key()}")
         batch, heads, tokens, d = q.shape
         family, _ = device_facts(q.device)
-        tile = self.tile or prefill_tile(family, d, spec.dtype)
+        tile = self.tile or prefill_tile(spec, family)
         module = load(generate(spec), "window_prefill")
         q, *q_strides = rows_in_units(q, d)
         k, *k_strides = rows_in_units(k, d)

@@ -1,6 +1,6 @@
 """Run cases in this process and print one JSON line for each.
 
-``python -m triton_support.run_cases interpreter|cuda [case ...]``; "interpreter" needs TRITON_INTERPRET=1.
+``python -m tests.kernels.triton_support.run_cases interpreter|cuda [case ...]``, "interpreter" with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

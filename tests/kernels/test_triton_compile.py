@@ -1,0 +1,45 @@
+"""Every row of the launch tables compiles for its device family, within registers and shared memory.
+
+All kernels are compiled in one process, and a failure lists the kernels that went wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchaccel.kernels.triton.tiles import SHARED_LIMIT
+
+from tests.kernels.triton_support.compile_cases import CompileCase, compile_cases
+from tests.kernels.triton_support.process import errors_of, run_module
+
+pytest.importorskip("triton")
+
+REGISTER_LIMIT = {"sm_80": 255, "sm_90": 255, "gfx942": 256}
+
+
+def spill_limit(case: CompileCase) -> int:
+    """Bytes of stack a kernel may use: near-exact float32 products on tensor cores hold their operands twice."""
+    if case.case.dtype != "float32" or case.family == "gfx942":
+        return 0
+    return {64: 200, 128: 200, 256: 1200}[case.case.head_dim]
+
+
+def over_budget(case: CompileCase, used: dict[str, Any]) -> str | None:
+    """Which limit ``used`` breaks."""
+    limits = {
+        "registers": REGISTER_LIMIT[case.family],
+        "spilt": spill_limit(case),
+        "shared": SHARED_LIMIT[case.family],
+    }
+    broken = [f"{name} {used[name]} > {limit}" for name, limit in limits.items() if used[name] > limit]
+    return ", ".join(broken) or None
+
+
+def test_every_kernel_fits_its_device(tmp_path: Path) -> None:
+    cases = compile_cases()
+    results = run_module("compile_cases", cache=tmp_path)
+    assert errors_of(results, [case.name for case in cases]) == {}
+    broken = {case.name: over_budget(case, results[case.name]) for case in cases}
+    assert {name: limits for name, limits in broken.items() if limits} == {}
