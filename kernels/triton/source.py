@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def _environment() -> jinja2.Environment:
 
 def render(template: str, spec: AttentionSpec, **values: Any) -> str:
     """Source of ``template`` for ``spec``; the same arguments give the same text on every machine."""
-    return (
+    text = (
         _environment()
         .get_template(template)
         .render(
@@ -56,6 +57,7 @@ def render(template: str, spec: AttentionSpec, **values: Any) -> str:
             **values,
         )
     )
+    return re.sub(r"\n+@triton", "\n\n\n@triton", text)
 
 
 def padded(size: int) -> int:

@@ -1,0 +1,159 @@
+"""Generated source: golden files, determinism, the cache directory, launch choices, and what is declined."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchaccel.kernels.spec import AttentionSpec
+from torchaccel.kernels.triton import decode_attention, source, tiles, window_prefill
+
+from tests.kernels.triton_support.decode_cases import DecodeCase
+from tests.kernels.triton_support.prefill_cases import PrefillCase
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
+DENSE = DecodeCase("dense").spec()
+INT8 = DecodeCase("int8", keys="int8", values="int8").spec()
+WINDOW = PrefillCase("window").spec()
+SOURCES = {
+    "decode_dense": lambda: decode_attention.generate(DENSE),
+    "decode_static_bool_mask": lambda: decode_attention.generate(replace(DENSE, mask="bool", causal=False), False),
+    "decode_int8_positions": lambda: decode_attention.generate(replace(INT8, positions=True)),
+    "decode_window_sinks_additive_softcap": lambda: decode_attention.generate(
+        replace(DENSE, window=1024, sinks=4, mask="additive", softcap=30.0, head_dim=80)
+    ),
+    "prefill_window_sinks": lambda: window_prefill.generate(WINDOW),
+    "prefill_window_sinks_bool_mask": lambda: window_prefill.generate(replace(WINDOW, mask="bool")),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_golden_source(name: str) -> None:
+    """``TORCHACCEL_UPDATE_GOLDEN=1`` rewrites the files after a deliberate change."""
+    path = GOLDEN / f"{name}.py.expected"
+    text = SOURCES[name]()
+    if os.environ.get("TORCHACCEL_UPDATE_GOLDEN") == "1":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source_is_plain_and_carries_its_spec(name: str) -> None:
+    text = SOURCES[name]()
+    compile(text, name, "exec")
+    assert '{"causal":' in text
+    assert "{%" not in text and "\n\n\n\n" not in text and text.endswith(")\n")
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_source_emits_only_what_the_spec_needs() -> None:
+    text = decode_attention.generate(DENSE).split("Legend")[1]
+    for part in ("mask_c", "positions", "sink", "tl.float16", "complete_block", "tanh"):
+        assert part not in text
+
+
+def test_import_leaves_triton_alone() -> None:
+    code = (
+        "import sys, torchaccel.kernels.triton.decode_attention, torchaccel.kernels.triton.window_prefill\n"
+        "sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_cache_file_is_repaired_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHACCEL_CACHE_DIR", str(tmp_path))
+    text = "answer = 42\n"
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: source.write(text, "some_kernel"), range(8)))
+    (path,) = paths
+    assert path.parent == tmp_path / "triton" and path.read_text() == text
+    path.write_text("answer = 4")
+    assert source.load(text, "some_kernel").answer == 42
+    assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_unwritable_cache_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHACCEL_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="TORCHACCEL_CACHE_DIR"):
+        source.write("pass\n", "some_kernel")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "work", "splits"),
+    [(1 << 20, 2, 132), (1 << 20, 8, 33), (1 << 20, 32, 8), (1 << 20, 64, 4), (1 << 20, 132, 2), (1 << 20, 264, 1)]
+    + [(1 << 20, 1000, 1), (0, 8, 1), (1, 8, 1), (256, 8, 1), (257, 8, 2), (4096, 8, 16), (33792, 2, 132)],
+)
+def test_split_count(tokens: int, work: int, splits: int) -> None:
+    assert tiles.split_count(tokens, 64, work, 132) == splits
+
+
+def test_every_split_has_work() -> None:
+    for tokens in range(1, 5000, 37):
+        splits = tiles.split_count(tokens, 64, 3, 132)
+        assert 1 <= splits <= -(-tokens // 64)
+        each = -(-(-(-tokens // 64)) // splits)
+        assert (splits - 1) * each < -(-tokens // 64)
+
+
+def test_families() -> None:
+    found = [tiles.family_of(x) for x in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), None)]
+    assert found == ["sm_80", "sm_80", "sm_80", "sm_90", "sm_90", "sm_80", "gfx942"]
+
+
+DECLINED: list[tuple[AttentionSpec, int, str]] = [
+    (replace(DENSE, phase="prefill"), 1, "phase"),
+    (DENSE, 17, "1 to 16 tokens"),
+    (replace(DENSE, group=9), 16, "query rows"),
+    (replace(DENSE, head_dim=300), 1, "head dimensions"),
+    (replace(DENSE, key_format=replace(DENSE.key_format, kind="empty")), 1, "empty key format"),
+    (replace(DENSE, value_format=replace(DENSE.value_format, dtype="float16")), 1, "dtype"),
+    (replace(INT8, key_format=replace(INT8.key_format, axis="token")), 1, "per channel"),
+    (replace(INT8, value_format=replace(INT8.value_format, axis="channel")), 1, "per token"),
+    (replace(INT8, key_format=replace(INT8.key_format, block=32)), 1, "64 tokens"),
+    (replace(DENSE, softcap=0.0), 1, "softcap"),
+    (replace(DENSE, window=0), 1, "window"),
+]
+
+
+@pytest.mark.parametrize(("spec", "new_tokens", "reason"), DECLINED)
+def test_decode_declines(spec: AttentionSpec, new_tokens: int, reason: str) -> None:
+    assert reason in (decode_attention.supports(spec, new_tokens) or "")
+    if new_tokens == 1:
+        with pytest.raises(ValueError, match=reason):
+            decode_attention.decode_attention(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"phase": "decode"}, "phase"),
+        ({"causal": False}, "not causal"),
+        ({"head_dim": 257}, "head dimensions"),
+        ({"positions": True}, "positions"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"window": 0}, "window"),
+    ],
+)
+def test_prefill_declines(change: dict[str, object], reason: str) -> None:
+    spec = replace(WINDOW, **change)  # type: ignore[arg-type]
+    assert reason in (window_prefill.supports(spec) or "")
+    with pytest.raises(ValueError, match=reason):
+        window_prefill.prefill_attention(spec)
+
+
+def test_arguments_that_contradict_the_spec_are_refused() -> None:
+    q, kv = torch.zeros(1, 4, 1, 64).bfloat16(), torch.zeros(1, 1, 16, 64).bfloat16()
+    lens = torch.tensor([0, 4, 4])
+    run = decode_attention.decode_attention(DENSE)
+    with pytest.raises(ValueError, match="mask and positions"):
+        run(q, kv[:, :, :1], kv[:, :, :1], kv, kv, lens, torch.ones(1, 1, 1, 5, dtype=torch.bool), None)
+    with pytest.raises(ValueError, match="side by side"):
+        run(q, kv[:, :, :1], kv[:, :, :1], kv[:, :, ::2], kv, lens)
