@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchaccel.passes.canonicalize.attention import AttentionReason, AttentionRewrite, canonicalize_attention
 
-from tests.graph.capture import PHASES, Captured, capture
+from tests.graph.capture import Captured, capture
 from tests.models.families import CAUSAL, ENCODERS
 from torchaccel.graph import canonical
 from torchaccel.graph.nodes import op_name
 
 EAGER = ["llama", "mistral", "gpt2", "gpt_neox", "opt"]
-CASES = [(name, phase, None) for name in CAUSAL for phase in PHASES]
+CASES = [(name, phase, None) for name in CAUSAL for phase in ("prefill", "decode", "static")]
+CASES += [(name, "extend", None) for name in ("llama", "mistral", "gemma2", "gpt2")]
 CASES += [(name, "encoder", impl) for name in ENCODERS for impl in (None, "eager")]
 CASES += [(name, phase, "eager") for name in EAGER for phase in ("prefill", "decode")]
 

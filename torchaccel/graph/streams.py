@@ -44,8 +44,7 @@ def projection_inputs(node: Node) -> set[Node]:
         current = pending.pop()
         name = op_name(current)
         if name in PROJECTIONS:
-            tensors = [source for source in current.all_input_nodes if rank(source) is not None]
-            found.update(source for source in tensors if source.op != "placeholder" or len(tensors) == 1)
+            found.update(_data_inputs(current))
             continue
         if name == "embedding":
             continue
@@ -58,5 +57,14 @@ def projection_inputs(node: Node) -> set[Node]:
 
 def shares_stream(sources: set[Node], others: set[Node]) -> bool:
     """Whether two sets of projection inputs were normed from one residual stream."""
-    left = {node for node in stream_back(sources) if node.op != "placeholder"}
-    return any(node in left for node in stream_back(others))
+    left = set(stream_back(sources))
+    return any(node in left and (rank(node) or 0) > 2 for node in stream_back(others))  # weights have rank 2 at most
+
+
+def _data_inputs(projection: Node) -> list[Node]:
+    """What a projection projects: its operands without the weights, as far as they can be told apart."""
+    name = op_name(projection)
+    if name == "linear" or (name or "").startswith("conv"):
+        return projection.all_input_nodes[:1]
+    tensors = [source for source in projection.all_input_nodes if rank(source) is not None]
+    return [source for source in tensors if source.op != "placeholder"] or tensors
