@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torchaccel.passes.base import PassResult
+from torchaccel.passes.base import Fidelity, PassResult, Status
 from torchaccel.passes.lowering.attention import LoweredSite
 from torchaccel.runtime.compiled_graph import CallCounter
 
@@ -63,7 +63,7 @@ class Report:
         found: dict[str, Any] = {}
         for record in self.records:
             for result in record.passes:
-                if result.status.value == "applied" and result.name != "canonicalize":
+                if result.status is Status.APPLIED and result.fidelity is Fidelity.APPROX:
                     found.setdefault(result.name, {})[record.phase] = len(result.sites)
         return found
 

@@ -1,5 +1,5 @@
 """The methods of the token_pruning family: one file each, listed here."""
 
-# from .fastv import FastV
+from .fastv import FastV
 
-METHODS = ()
+METHODS = (FastV,)

@@ -9,7 +9,9 @@ from pydantic import Field
 from torch.fx import Node
 
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.graph.narrow import NarrowError, narrow_sequence
+from torchaccel.graph.narrow import narrow_sequence
+from torchaccel.graph.propagate import annotate
+from torchaccel.graph.sequence import UntrackedSequenceError
 
 from ..dead_code import remove_dead_code
 from ..base import Decline, Fidelity, Method, MethodOptions, PassResult, Reason, RewriteContext
@@ -85,7 +87,7 @@ class FastV(Method):
         keep = self._insert_ranking(context, ranking)
         try:
             narrow_sequence(context.graph, boundary, keep)
-        except NarrowError as error:
+        except UntrackedSequenceError as error:
             remove_dead_code(context.graph)
             return self.result([], [Decline(f"layer {layer}", Reason.OPAQUE_SEQUENCE, str(error))])
         sites = [entry.attention for entry in anatomy.layers[layer:] if entry.attention is not None]
@@ -103,4 +105,6 @@ class FastV(Method):
             keep = graph.call_function(rank_tokens, (site.q, site.k, site.mask, site.scale, count))
             for earlier, later in ((length, share), (share, count), (count, keep)):
                 earlier.append(later)
+            for node in (length, share, count, keep):
+                annotate(node)
         return keep
