@@ -20,7 +20,7 @@ C_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
 MASK_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
-DENSE_TILE = 128
+DENSE_TILE = 64
 # Waking a second thread costs a few microseconds, about the time one core needs for these many tiles of 64 keys.
 MIN_TILES = 8
 

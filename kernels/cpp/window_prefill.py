@@ -1,0 +1,2 @@
+def supports(spec):
+    return "none yet"
