@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kv_format
 from ..spec import AttentionSpec
 from .source import load, padded, render
 from .tiles import PRECISION, DecodeConfig, decode_config, device_facts, max_rows, split_count
@@ -21,12 +22,12 @@ BLOCK = 64
 
 
 def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
-    """Why these kernels cannot realise ``spec`` for calls of ``new_tokens`` tokens, or None when they can."""
+    """Why one launch cannot realise ``spec`` for ``new_tokens`` tokens, or None when it can."""
     keys, values = spec.key_format, spec.value_format
     if spec.phase != "decode":
         return f"decode kernels realise the phase 'decode', not {spec.phase!r}"
     if not 1 <= new_tokens <= MAX_NEW_TOKENS:
-        return f"one call appends 1 to {MAX_NEW_TOKENS} tokens, not {new_tokens}"
+        return f"one launch appends 1 to {MAX_NEW_TOKENS} tokens, not {new_tokens}"
     if not 1 <= spec.head_dim <= 256:
         return f"head dimensions up to 256, not {spec.head_dim}"
     for name, fmt in (("key", keys), ("value", values)):
@@ -129,7 +130,7 @@ class _Plan:
 class DecodeAttention:
     """A decode attention kernel, called like the reference without its spec.
 
-    Raises ValueError for a spec or a call that ``supports`` declines.
+    Raises ValueError for a spec that ``supports`` declines.
     """
 
     def __init__(self, spec: AttentionSpec, config: DecodeConfig | None = None) -> None:
@@ -143,8 +144,6 @@ class DecodeAttention:
 
     def _plan(self, append: bool, n: int, device: torch.device) -> _Plan:
         spec = self.spec
-        if reason := supports(spec, n):
-            raise ValueError(f"no Triton decode attention for this call: {reason}")
         family, processors = device_facts(device)
         rows = padded(spec.group * n)
         config = self.config or decode_config(spec, family, rows)
@@ -166,10 +165,11 @@ class DecodeAttention:
     ) -> Tensor:
         """Append ``k_new`` and ``v_new`` in place, then attend over everything stored.
 
-        q: ``[B, H, Q, D]``, Q up to 16. k_new, v_new: ``[B, H_kv, Q, D]``, or both None: the buffers already hold the
-        tokens in slots ``start .. end`` (a static cache) and stay as they are. k_buf, v_buf: buffers of the spec's
-        formats, slots contiguous. lens: int64 ``[3]`` on the CPU: first live slot, end of the filled slots, logical
-        length, before the append. mask: ``[B | 1, H | 1, Q, columns]``. positions: int32 ``[B, C]``, updated in place.
+        q: ``[B, H, Q, D]``; a Q that ``supports`` declines takes several launches. k_new, v_new: ``[B, H_kv, Q, D]``,
+        or both None: the buffers already hold the tokens in slots ``start .. end`` (a static cache) and stay as they
+        are. k_buf, v_buf: buffers of the spec's formats, slots contiguous. lens: int64 ``[3]`` on the CPU: first live
+        slot, end of the filled slots, logical length, before the append. mask: ``[B | 1, H | 1, Q, columns]``, any
+        strides. positions: int32 ``[B, C]``, updated in place.
         Returns ``[B, H, Q, D]``, contiguous, in q's dtype; rows that see no key are zero.
         """
         spec = self.spec
@@ -177,7 +177,11 @@ class DecodeAttention:
         if (mask is None) != (spec.mask == "none") or (positions is None) == spec.positions:
             raise ValueError(f"mask and positions must be given exactly when the spec names them: {spec.key()}")
         append = k_new is not None
-        plan = self._plans.get((append, n, q.device)) or self._plan(append, n, q.device)
+        plan = self._plans.get((append, n, q.device))
+        if plan is None:
+            if supports(spec, n):
+                return self._in_parts(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+            plan = self._plan(append, n, q.device)
         start, end, logical = lens.tolist()
         kv_heads = heads // spec.group
         buffers = buffer_strides(spec.key_format, k_buf)
@@ -199,7 +203,9 @@ class DecodeAttention:
             config = plan.config
             splits = config.splits
             if splits is None:
-                tokens = end - start if spec.window is None else min(end - start, spec.window + spec.sinks)
+                tokens = end - start
+                if spec.window is not None and positions is None:
+                    tokens = min(tokens, spec.window + spec.sinks)
                 splits = split_count(tokens, config.block_n, batch * kv_heads, plan.processors)
             q, *q_strides = rows_in_units(q, d)
             out = q.new_empty(batch, heads, n, d)
@@ -222,6 +228,35 @@ class DecodeAttention:
             if splits > 1:
                 plan.module.merge[(rows,)](dst, out, splits, num_warps=4)
         return out
+
+    def _in_parts(
+        self,
+        q: Tensor,
+        k_new: Tensor | None,
+        v_new: Tensor | None,
+        k_buf: Tensor,
+        v_buf: Tensor,
+        lens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """The call in parts of as many new tokens as one program holds, after an append by stock operators."""
+        start, end, logical = lens.tolist()
+        n = q.shape[2]
+        if k_new is not None and v_new is not None:
+            kv_format.append(self.spec.key_format, k_buf, end, k_new)
+            kv_format.append(self.spec.value_format, v_buf, end, v_new)
+            if positions is not None:
+                positions[:, end : end + n] = torch.arange(logical, logical + n, device=positions.device)
+            end += n
+        size = min(MAX_NEW_TOKENS, max_rows(self.spec) // self.spec.group)
+        parts = []
+        for first in range(0, n, size):
+            rows = slice(first, min(first + size, n))
+            part_mask = None if mask is None else mask[:, :, rows]
+            part_lens = torch.tensor([start, end, logical + first])
+            parts.append(self(q[:, :, rows], None, None, k_buf, v_buf, part_lens, part_mask, positions))
+        return torch.cat(parts, 2)
 
     def _mask_arguments(self, mask: Tensor | None) -> tuple[list[Any], dict[str, Any]]:
         """Run-time arguments and constants of a mask."""

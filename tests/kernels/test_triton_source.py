@@ -125,7 +125,7 @@ def test_families() -> None:
 
 DECLINED: list[tuple[AttentionSpec, int, str]] = [
     (replace(DENSE, phase="prefill"), 1, "phase"),
-    (DENSE, 17, "1 to 16 tokens"),
+    (DENSE, 17, "launch appends 1 to 16"),
     (replace(DENSE, group=9), 16, "query rows"),
     (replace(DENSE, head_dim=300), 1, "head dimensions"),
     (replace(DENSE, key_format=replace(DENSE.key_format, kind="empty")), 1, "empty key format"),

@@ -105,6 +105,11 @@ DECODE_CASES: list[DecodeCase] = [
     DecodeCase("int8_values_only", values="int8", end=126, new=4, mask="additive", batch=1),
     DecodeCase("int8_static", keys="int8", values="int8", append=False, end=150),
     DecodeCase("static", append=False, causal=False, mask="bool", left_padding=(0, 6), end=300, splits=3),
+    DecodeCase("dense_in_parts", new=20, end=42, batch=1, mask="bool", dtype="float32", head_dim=16),
+    DecodeCase(
+        "int8_in_parts", keys="int8", values="int8", head_dim=128, group=8, new=12, end=120, batch=1, kv_heads=1
+    ),
+    DecodeCase("positions_in_parts", positions=True, evicted=5, new=17, end=20, batch=1, kv_heads=1),
     DecodeCase("static_causal", append=False, new=3, dtype="float32"),
 ]
 
