@@ -128,7 +128,7 @@ def demo(
     out.print(f"\nThe prompt: {context} tokens, ending in “…{found.prompt_tail}”", highlight=False)
     out.print(f"Eager answers “{answer_text(found)}”; {found.question.answer} is right.\n", highlight=False)
     out.print(found.table())
-    out.print("recall: share of questions answered right, for one fact, eight facts and eight things told in the text.")
+    out.print(found.legend(), highlight=False)
     _deliver(found.document, json_out, stdout)
 
 

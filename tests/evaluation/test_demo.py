@@ -29,7 +29,5 @@ def test_eager_answers_the_question() -> None:
     console = Console(width=160)
     with console.capture() as shown:
         console.print(demo.table())
-    row = next(line for line in shown.get().splitlines() if line.startswith("│ eager"))
-    assert "first 8/8, 100%" in row
-    assert "right" in row
-    assert "1.00 1.00 1.00" in row
+    row = next(line for line in shown.get().splitlines() if line.split()[:1] == ["eager"])
+    assert row.split()[4:8] == ["8/8", "100%", "right", "100%"]

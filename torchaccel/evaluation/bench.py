@@ -73,7 +73,8 @@ def open_session(case: Case, setup: Setup, progress: Progress | None = None) -> 
     device = resolve_device(setup.device)
     loaded = load_model(setup.model, dtype=resolve_dtype(setup.dtype), device=str(device))
     machine = measure_machine(device, megabytes=setup.probe_megabytes, gemm_size=setup.probe_gemm)
-    return Session(loaded, machine, case, device, progress or Silent(), watch)
+    caches = "cold" if setup.cold else "warm"
+    return Session(loaded, machine, case, device, caches, progress or Silent(), watch)
 
 
 def session_document(session: Session, results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from .bench import Setup, open_session, session_document
@@ -39,30 +40,51 @@ class Demo:
 
     def table(self) -> Table:
         """One row per variant: times, bytes, agreement with eager, answers, graphs."""
-        table = Table(title="One prompt, one answer, every way of running the model")
-        table.add_column("variant")
-        for name in ("first token ms", "ms per token", "KV kB", "same as eager", "answer", "recall", "graphs"):
-            table.add_column(name, justify="right")
+        title = "One prompt, every way of running the model"
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+        table.add_column("variant", no_wrap=True)
+        for name in ("first\ntoken ms", "ms per\ntoken", "KV\nkB", "same\nstart", "same\ntokens"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("answer", "recall", "graphs"):
+            table.add_column(name, justify="right", no_wrap=True)
+        titled = False
         for result in self.generated.results:
+            if result.variant.startswith("torchaccel:") and not titled:
+                table.add_row("torchaccel")
+                titled = True
             table.add_row(*self._row(result))
         return table
 
+    def legend(self) -> str:
+        """What the columns of the table mean."""
+        tasks = ", ".join(task.name.replace("_", " ") for task in TASKS)
+        return (
+            "KV kB: allocated by the cache at the end. same start: tokens before the first that differs from eager's. "
+            "same tokens: share of tokens equal to eager's, place by place. answer: the one to the prompt. "
+            f"recall: share of questions answered right ({tasks})."
+        )
+
     def _row(self, result: Result) -> list[str]:
         tokens = self.generated.tokens.get(result.variant)
+        ours = result.variant.startswith("torchaccel:")
+        name = f"  {result.variant.removeprefix('torchaccel:')}" if ours else result.variant
+        name = "  all together" if "+" in name else name
+        if result.status == "declined":
+            name += " (declined)"
         if tokens is None or result.ttft_ms is None or result.tpot_ms is None:
-            return [result.variant, result.reason or result.status] + [""] * 6
-        total = self.generated.reference.shape[1]
-        share = equal_share(tokens, self.generated.reference)
+            return [name, result.reason or result.status] + [""] * 7
+        reference = self.generated.reference
         right = is_right(self.tokenizer, tokens[0].tolist(), self.question.answer)
-        scores = result.fidelity.recall or {}
+        scores = (result.fidelity.recall or {}).values()
         return [
-            f"{result.variant}{' (declined)' if result.status == 'declined' else ''}",
+            name,
             f"{result.ttft_ms.median:.1f}",
             f"{result.tpot_ms.median:.2f}",
             f"{(result.kv_bytes or 0) / 1e3:.0f}",
-            f"first {result.fidelity.greedy_prefix}/{total}, {share:.0%}",
+            f"{result.fidelity.greedy_prefix}/{reference.shape[1]}",
+            f"{equal_share(tokens, reference):.0%}",
             "right" if right else "wrong",
-            " ".join(f"{score:.2f}" for score in scores.values()) or "-",
+            f"{sum(scores) / len(scores):.0%}" if scores else "-",
             "-" if result.graphs is None else str(result.graphs),
         ]
 

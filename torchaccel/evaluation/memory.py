@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,26 +24,33 @@ def transient_peak(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _quiet_stdout(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _muted_stderr():
+        recorded.start()
+    try:
         call()
+    finally:
+        with _muted_stderr():
+            recorded.stop()
     # The events as recorded: the profile's own list folds an allocation into the operator that made it.
     recorder = recorded.profiler
     assert recorder is not None and recorder.kineto_results is not None
-    events = [event for event in recorder.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = recorder.kineto_results.events()
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
 
 
 @contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Send what native code prints on stdout to stderr: the profiler announces itself there."""
-    saved = os.dup(1)
-    os.dup2(2, 1)
+def _muted_stderr() -> Iterator[None]:
+    """Drop what native code prints on stderr: the profiler announces its start and stop there."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(saved, 1)
+        os.dup2(saved, 2)
         os.close(saved)
+        os.close(nowhere)

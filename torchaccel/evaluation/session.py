@@ -74,6 +74,7 @@ class Session:
     machine: Machine
     case: Case
     device: torch.device
+    caches: str = "cold"
     progress: Progress = field(default_factory=Silent)
     watch: LoadWatch = field(default_factory=LoadWatch)
 
@@ -93,9 +94,10 @@ class Session:
             self.progress.advance(f"{variant.label}: compiling and warming up")
             result = Result(variant.label, dict(variant.options))
             try:
-                arm = Arm(variant, self.loaded.model, self.device)
+                arm = Arm(variant, self.loaded.model, self.device, self.caches)
                 result = arm.result
                 start(arm)
+                arm.warm = True
                 arms[variant.label] = arm
             except Exception as error:  # recorded: the document names the variant and the reason
                 result.fail(error)
