@@ -10,7 +10,8 @@ from torch import Tensor
 from torchaccel.kernels import kv_format, reference
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 from torchaccel.kernels.triton.decode_attention import decode_attention
-from torchaccel.kernels.triton.tiles import DecodeConfig
+from torchaccel.kernels.triton.source import padded
+from torchaccel.kernels.triton.tiles import decode_config, device_facts, max_rows
 
 # Largest difference from the float32 reference, per unit of the largest expected value: rounding of the output and of
 # the probabilities (bfloat16 keeps 8 bits, float16 11), sums in another order (float32).
@@ -126,9 +127,7 @@ def _mask(case: DecodeCase, columns: int, generator: torch.Generator) -> Tensor 
         # A static cache: only a prefix of its slots is written.
         allowed[..., columns // 2 :] = False
     if case.mask == "bool":
-        wide = torch.zeros(*allowed.shape[:-1], 2 * columns, dtype=torch.bool)
-        wide[..., ::2] = allowed
-        return wide[..., ::2]
+        return allowed
     hidden = torch.finfo(torch.float32).min if case.lowest else -torch.inf
     bias = torch.randn(allowed.shape, generator=generator)
     return bias.masked_fill(~allowed, hidden)
@@ -174,6 +173,9 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
     moved = [None if x is None else x.clone().to(device) for x in inputs]
     if case.transposed:
         moved[:2] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in moved[:2]]
+    if moved[5] is not None and moved[5].dtype == torch.bool:
+        # Every second column of a wider mask: a stride other than 1, and wrong answers for who ignores it.
+        moved[5] = torch.stack([moved[5], ~moved[5]], -1).flatten(-2)[..., ::2]
     expected = _expected(case, spec, inputs, lens)
     got = _run(case, spec, moved, lens)
     return _difference(case, expected, got, inputs, moved)
@@ -194,10 +196,14 @@ def _expected(case: DecodeCase, spec: AttentionSpec, inputs: list[Any], lens: Te
 
 def _run(case: DecodeCase, spec: AttentionSpec, moved: list[Any], lens: Tensor) -> Tensor:
     q, k_new, v_new, k_full, v_full, mask, positions = moved
-    config = None if case.splits is None else DecodeConfig(64, 4, 2, case.splits)
-    rows = None if positions is None else positions[: case.batch]
+    config = None
+    if case.splits is not None:
+        family, _ = device_facts(q.device)
+        rows = min(padded(case.group * case.new), max_rows(spec))
+        config = replace(decode_config(spec, family, rows), splits=case.splits)
+    columns = None if positions is None else positions[: case.batch]
     new = (k_new, v_new) if case.append else (None, None)
-    return decode_attention(spec, config)(q, *new, k_full[: case.batch], v_full[: case.batch], lens, mask, rows)
+    return decode_attention(spec, config)(q, *new, k_full[: case.batch], v_full[: case.batch], lens, mask, columns)
 
 
 def _difference(case: DecodeCase, expected: Tensor, got: Tensor, inputs: list[Any], moved: list[Any]) -> str | None:

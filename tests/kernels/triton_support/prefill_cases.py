@@ -82,10 +82,15 @@ def run_prefill_case(case: PrefillCase, device: torch.device) -> str | None:
     if case.transposed:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     moved = [None if x is None else x.to(device) for x in (q, k, v, mask)]
-    got = prefill_attention(case.spec(), Tile(*case.tile, warps=4, stages=2))(*moved).cpu()
     bound = TOLERANCE[case.dtype] * float(expected.float().abs().max())
-    error = float((got.float() - expected.float()).abs().max())
-    return None if error <= bound else f"largest error {error:.3g}, allowed {bound:.3g}"
+    # A GPU also runs the tile of the launch tables, which is too large for the interpreter's patience.
+    tiles = [Tile(*case.tile, warps=4, stages=2), *([None] if device.type == "cuda" else [])]
+    for tile in tiles:
+        got = prefill_attention(case.spec(), tile)(*moved).cpu()
+        error = float((got.float() - expected.float()).abs().max())
+        if not error <= bound:
+            return f"largest error {error:.3g}, allowed {bound:.3g}, with {tile}"
+    return None
 
 
 def _mask(case: PrefillCase, generator: torch.Generator) -> Tensor | None:
