@@ -40,7 +40,9 @@ def decode_attention(
             wide = columns[:, None, None, :].expand(-1, mask.shape[1], n, -1)
             mask = mask.expand(q.shape[0], -1, -1, -1).gather(3, wide)
     seen = reference.visible(spec, columns, queries, mask)
-    return F.scaled_dot_product_attention(q, k, v, _combine(mask, seen, q.dtype), scale=spec.scale, enable_gqa=True)
+    mask = _combine(mask, seen, q.dtype)
+    # The operator promises a contiguous result; sdpa's has the layout its kernel liked.
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
 
 
 def _combine(mask: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
