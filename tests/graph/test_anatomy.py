@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchaccel.passes.canonicalize.attention import canonicalize_attention
 
-from tests.graph.capture import Captured, capture, capture_phase, encoder_call, phase_call
+from tests.graph.capture import (
+    Captured,
+    capture,
+    capture_phase,
+    encoder_call,
+    filled_cache,
+    inputs_of,
+    phase_call,
+    tokens,
+)
 from tests.models.families import CAUSAL, ENCODERS, WINDOW, build
 from torchaccel.graph.anatomy import Anatomy, analyze
 
@@ -81,6 +90,44 @@ def check_caches(site: Any, phase: str, window: int | None) -> None:
             assert cache.stored in site.node.graph.output_node().all_input_nodes
         if phase != "encoder":
             assert cache.new.meta["example_value"].shape[2] == site.q.meta["example_value"].shape[2]
+
+
+@pytest.mark.parametrize("length", [5, 9])
+def test_static_cache_from_its_first_prefill(model_of, length):
+    """Buffers made in the graph; a prefill longer than the window is attended whole and its last positions kept."""
+    model = model_of("mistral")
+    cache = hf.StaticCache(config=model.config, max_cache_len=32)
+    ids, mask = tokens(2, length)
+    positions = {"position_ids": torch.arange(length)[None]}
+    anatomy = analyze(canonical_copy(capture(model, ids, attention_mask=mask, past_key_values=cache, **positions)[0]))
+    assert anatomy.phase == "prefill"
+    for site in anatomy.attentions:
+        for cache_site in (site.key_cache, site.value_cache):
+            assert cache_site.kind == "static" and cache_site.past is None and cache_site.write is not None
+            assert cache_site.new.meta["example_value"].shape[2] == length
+            assert cache_site.full.meta["example_value"].shape[2] == max(length, WINDOW)
+            assert cache_site.stored is not None and cache_site.window == (WINDOW if length > WINDOW else None)
+
+
+def test_static_window_that_is_full_shifts(model_of):
+    anatomy = analyze(canonical_copy(capture_phase(model_of("mistral"), "static", length=10)))
+    assert anatomy.phase == "decode"
+    for site in anatomy.attentions:
+        cache = site.key_cache
+        assert cache.kind == "static" and cache.past is site.k and cache.window == WINDOW
+        assert cache.new.meta["example_value"].shape[2] == 1 and cache.write_positions is None
+
+
+@pytest.mark.parametrize("length", [6, 10])
+def test_static_window_that_overflows_with_several_tokens_is_unknown(model_of, length):
+    model = model_of("mistral")
+    ids, mask = tokens(2, length)
+    cache = filled_cache(model, "static", ids, mask)
+    step, _ = tokens(2, 4, seed=1)
+    mask = torch.cat([mask, torch.ones_like(step)], -1)
+    found = capture(model, step, past_key_values=cache, **inputs_of(mask, 4))
+    anatomy = analyze(canonical_copy(found[0]))
+    assert anatomy.phase == "extend" and {site.key_cache.kind for site in anatomy.attentions} == {"unknown"}
 
 
 @pytest.mark.parametrize(("name", "phase"), CASES)

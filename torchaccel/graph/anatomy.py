@@ -95,9 +95,9 @@ class Anatomy:
     """Everything a rewrite needs to know about a graph; valid until the graph is changed.
 
     phase: "prefill" (several tokens on an empty cache, or a causal model without one), "extend" (several tokens on a
-    cache; also any prefill into a StaticCache, whose length is data), "decode" (one token on a cache), "encoder" (no
-    cache, not causal), "unknown" (no attention). attentions: in graph order. layers: in graph order, empty when not
-    understood.
+    cache; also a prefill into a StaticCache that already has buffers, since its length is data), "decode" (one token on
+    a cache), "encoder" (no cache, not causal), "unknown" (no attention). attentions: in graph order. layers: in graph
+    order, empty when not understood.
     batch, query_length: B and Q of the first attention, ints or SymInts; 0 without attention.
     """
 
@@ -161,9 +161,9 @@ def _phase(sites: list[AttentionSite]) -> Phase:
         return "unknown"
     caches = [cache for site in own for cache in (site.key_cache, site.value_cache)]
     queries = (shape(own[0].q) or (0, 0, 0))[2]
-    if any(cache.past is not None or cache.kind in ("static", "unknown") for cache in caches):
+    if any(cache.past is not None or cache.kind == "unknown" for cache in caches):
         return "decode" if isinstance(queries, int) and queries == 1 else "extend"
-    if any(cache.stored is not None for cache in caches):
+    if any(cache.stored is not None or cache.write is not None for cache in caches):
         return "prefill"
     return "prefill" if any(site.causal or _is_triangular(site.mask) for site in own) else "encoder"
 

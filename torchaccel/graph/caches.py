@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from .nodes import argument, arguments, op_name, shape
+from .nodes import argument, arguments, op_name, shape, sizes, writes_in_place
 from .streams import projection_inputs, shares_stream
 
 CacheKind = Literal["none", "fresh", "concatenated", "sliced", "static", "cross", "unknown"]
@@ -19,14 +19,15 @@ class CacheSite:
 
     kind: "none": this step's only, not kept (encoders). "fresh": this step's only, and kept (prefill, empty cache).
     "concatenated": ``cat([past, new])``. "sliced": as "fresh" (past is None) or "concatenated", but only the last
-    ``window - 1`` positions are kept (sliding-window layers). "static": written into the buffer ``past`` at given
-    positions. "cross": of another sequence (encoder-decoder attention). "unknown": read from a cache in a way not
-    understood.
+    ``window - 1`` positions are kept (sliding-window layers). "static": written in place into a preallocated buffer
+    (StaticCache); ``past`` is that buffer, or None when attention reads nothing but this step's tokens. "cross": of
+    another sequence (encoder-decoder attention). "unknown": read from a cache in a way not understood.
     past: node of the earlier tokens ``[B, H_kv, S, D]`` (a placeholder; for "static" the whole buffer), or None.
     new: node of this step's ``[B, H_kv, Q, D]``; for "cross" and "unknown", the node attention reads.
     full: node attention reads, ``[B, H_kv, K, D]``. stored: node the graph returns, None when nothing is returned (a
-    static cache is changed in place). window: tokens a query of a sliding-window layer sees, itself included.
-    write: the in-place write of a static cache. write_positions: int64 ``[Q]``, where it writes.
+    static cache that came in is changed in place). window: tokens a query of a sliding-window layer sees, itself
+    included (for "static" known only once the window overflows). write: the in-place write of a static cache.
+    write_positions: int64 ``[Q]``, where it writes; None for a full window, which shifts by one instead.
     """
 
     kind: CacheKind
@@ -44,7 +45,7 @@ def find_cache(full: Node, q: Node, outputs: set[Node]) -> CacheSite:
 
     outputs: the nodes the graph returns.
     """
-    written = _find_write(full)
+    written = _find_write(full, outputs)
     if written is not None:
         return written
     past, new = _split_cat(full)
@@ -106,17 +107,53 @@ def _suffix_start(index: object) -> int | None:
     return cut.start if plain else None
 
 
-def _find_write(full: Node) -> CacheSite | None:
-    """The site of a buffer that ``index_copy_`` fills before attention reads it."""
+def _find_write(full: Node, outputs: set[Node]) -> CacheSite | None:
+    """The site of a preallocated buffer that this step's tokens are written into."""
     buffer = full
-    if op_name(full) == "index_copy_" and isinstance(arguments(full)[0], Node):
+    if op_name(full) == "index_copy_":
         buffer = arguments(full)[0]
-    for user in buffer.users:
-        if op_name(user) == "index_copy_" and user.args[0] is buffer and argument(user, 1, "dim") in (2, -2):
-            where, new = argument(user, 2, "index"), argument(user, 3, "source")
-            past = buffer if buffer.op == "placeholder" else None
-            return CacheSite("static", past, new, full, None, write=user, write_positions=where)
+    past = buffer if buffer.op == "placeholder" else None
+    stored = buffer if buffer in outputs else None
+    for write in buffer.users:
+        if not writes_in_place(write) or arguments(write)[0] is not buffer:
+            continue
+        if op_name(write) == "index_copy_" and argument(write, 1, "dim") in (2, -2):
+            where, new = argument(write, 2, "index"), argument(write, 3, "source")
+            return CacheSite("static", past, new, full, stored, None, write, where)
+        shifted = _shifted_in(argument(write, 1, "src")) if op_name(write) == "copy_" else None
+        if shifted is not None:
+            return CacheSite("static", past, shifted, full, stored, _positions_of(buffer), write)
+        return CacheSite("unknown", past, full, full, stored, write=write)
+    return _find_late_write(full, outputs)
+
+
+def _shifted_in(source: object) -> Node | None:
+    """New tokens of a full window: ``kept = buffer.roll(-1, 2); kept[:, :, last] = new; buffer.copy_(kept)``."""
+    if op_name(source) != "roll" or not isinstance(source, Node):
+        return None
+    sets = [user for user in source.users if op_name(user) == "setitem" and arguments(user)[0] is source]
+    return arguments(sets[0])[2] if len(sets) == 1 else None
+
+
+def _find_late_write(full: Node, outputs: set[Node]) -> CacheSite | None:
+    """The site of keys that attention reads whole while the last of them are copied into a sliding-window buffer."""
+    for cut in full.users:
+        start = _suffix_start(arguments(cut)[1]) if op_name(cut) == "getitem" else None
+        for write in cut.users if start is not None else ():
+            if op_name(write) == "copy_" and argument(write, 1, "src") is cut and start is not None:
+                buffer = arguments(write)[0]
+                stored = buffer if buffer in outputs else None
+                past, new = _split_cat(full)
+                if past is not None or new is not None:
+                    return CacheSite("unknown", past, full, full, stored, -start, write)
+                return CacheSite("static", None, full, full, stored, -start, write)
     return None
+
+
+def _positions_of(buffer: Node) -> int | None:
+    """Number of positions of a buffer, when it is a constant."""
+    length = sizes(buffer)[2]
+    return length if isinstance(length, int) else None
 
 
 def _is_cross(q: Node, new: Node) -> bool:
