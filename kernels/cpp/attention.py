@@ -87,16 +87,23 @@ def source(spec: AttentionSpec) -> str:
         v_int8=_bool(value.kind == "int8"),
         tile=tile,
         min_tiles=MIN_TILES,
-        scale=float(spec.scale),
-        softcap=None if spec.softcap is None else float(spec.softcap),
-        causal=_bool(spec.causal),
-        windowed=_bool(spec.window is not None),
-        window=spec.window or 0,
-        sinks=spec.sinks,
-        positions=_bool(spec.positions),
-        bool_mask=_bool(spec.mask == "bool"),
-        additive_mask=_bool(spec.mask == "additive"),
+        **modifiers(spec),
     )
+
+
+def modifiers(spec: AttentionSpec) -> dict[str, object]:
+    """The symbols of modifiers.cpp.jinja: how scores are changed and which keys are seen."""
+    return {
+        "scale": float(spec.scale),
+        "softcap": None if spec.softcap is None else float(spec.softcap),
+        "causal": _bool(spec.causal),
+        "windowed": _bool(spec.window is not None),
+        "window": spec.window or 0,
+        "sinks": spec.sinks,
+        "positions": _bool(spec.positions),
+        "bool_mask": _bool(spec.mask == "bool"),
+        "additive_mask": _bool(spec.mask == "additive"),
+    }
 
 
 def _bool(value: bool) -> str:
