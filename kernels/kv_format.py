@@ -42,7 +42,7 @@ def blocks(fmt: KVFormat, buf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantise(fmt: KVFormat, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise whole blocks ``[..., block, D]``: uint8 codes of that shape, float16 scales and minima ``[..., groups]``.
+    """Quantise blocks ``[..., block, D]``: uint8 codes of that shape, float16 scales and minima ``[..., groups]``.
 
     The error is at most half a scale per value (plus the float16 rounding of the minimum); a constant group is exact up
     to that rounding.

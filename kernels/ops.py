@@ -50,24 +50,24 @@ def _attend(
     spec: str,
 ) -> Tensor:
     run = registry.attend(AttentionSpec.from_key(spec), q.device.type, q.shape[2])
-    return run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)  # type: ignore[no-any-return]
+    return run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
     rows, slots = q.shape[2], k.shape[2]
     run = registry.attend(AttentionSpec.from_key(spec), q.device.type, rows)
-    return run(q, None, None, k, v, torch.tensor([0, slots, slots - rows]), mask, None)  # type: ignore[no-any-return]
+    return run(q, None, None, k, v, torch.tensor([0, slots, slots - rows]), mask, None)
 
 
 def _attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
     run = registry.prefill_attention(AttentionSpec.from_key(spec), q.device.type).run
-    return run(q, k, v, mask)  # type: ignore[no-any-return]
+    return run(q, k, v, mask)
 
 
 def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
     rows = x.numel() // max(x.shape[-1], 1)
     spec = LinearSpec(dtype, rows, any(b is not None for b in biases))
-    return registry.linear(spec, x.device.type).run(x, weights, biases)  # type: ignore[no-any-return]
+    return registry.linear(spec, x.device.type).run(x, weights, biases)
 
 
 def _like_query(q: Tensor, *_: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 from . import composed, reference
@@ -30,7 +31,7 @@ def decode_attention(spec: AttentionSpec, device: str) -> Choice:
     reason = module.supports(spec) if module else f"no generated kernels for device {device}"
     if reason is None:
         return Choice(_name(device), module.decode_attention(spec))
-    return Choice("reference", partial(reference.decode_attention, spec), reason)
+    return Choice("composed", partial(composed.decode_attention, spec), reason)
 
 
 @lru_cache(maxsize=4096)
@@ -69,16 +70,12 @@ def _name(device: str) -> str:
 
 
 def _attention_module(device: str, phase: str) -> Any:
-    if device == "cpu":
-        if phase == "decode":
-            from .cpp import attention as module
-        else:
-            from .cpp import window_prefill as module
-        return module
-    if device == "cuda":
-        if phase == "decode":
-            from .triton import decode_attention as module
-        else:
-            from .triton import window_prefill as module
-        return module
-    return None
+    # Imported on first use: a machine without a GPU never loads Triton, one without g++ never looks for it.
+    names = {
+        ("cpu", "decode"): ".cpp.attention",
+        ("cpu", "prefill"): ".cpp.window_prefill",
+        ("cuda", "decode"): ".triton.decode_attention",
+        ("cuda", "prefill"): ".triton.window_prefill",
+    }
+    name = names.get((device, phase))
+    return None if name is None else import_module(name, __package__)

@@ -1,4 +1,4 @@
-"""What a pass is: class-level facts, one method that rewrites, a typed result that says what was done and what was not."""
+"""What a pass is: class-level facts, one method that rewrites, a typed result of what was done and what was not."""
 
 from __future__ import annotations
 

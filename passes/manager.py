@@ -86,6 +86,7 @@ class PassManager:
             (folder / f"{label}-{index:02d}-{name}.py").write_text(code, encoding="utf-8")
 
     def _restore(self, context: RewriteContext, before: Graph, plans: dict[int, SitePlan]) -> None:
+        assert isinstance(context.module, GraphModule)
         context.module.graph = before
         context.graph = before
         context.anatomy = _reanalyze(context)

@@ -35,7 +35,10 @@ def test_aliases_resolve_to_the_method():
         ({"sparse_attention": {"method": "streaming_llm", "window": "wide"}}, r"sparse_attention\.window.*'wide'"),
         ({"token_pruning": {"method": "fastv", "keep": 1.5}}, r"token_pruning\.keep.*less than or equal to 1"),
         ({"token_pruning": {"method": "fastv", "keep": float("nan")}}, r"token_pruning\.keep"),
-        ({"layer_skipping": {"method": "unified", "target_speedup": 0.5}}, r"target_speedup.*greater than or equal to 1"),
+        (
+            {"layer_skipping": {"method": "unified", "target_speedup": 0.5}},
+            r"target_speedup.*greater than or equal to 1",
+        ),
         ({"preset": "exakt"}, r"exakt.*did you mean 'exact'"),
         ({"strict": "perhaps"}, r"strict must be true or false"),
         (["int8"], r"options must be a dict"),
@@ -75,12 +78,12 @@ def test_presets_give_way_to_named_options():
 def test_a_bad_file_is_named(tmp_path, text):
     file = tmp_path / "bad.toml"
     file.write_text(text)
-    with pytest.raises(OptionsError, match="bad.toml"):
+    with pytest.raises(OptionsError, match=r"bad\.toml"):
         resolve(None, {"TORCHACCEL_CONFIG": str(file)})
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(OptionsError, match="nowhere.toml"):
+    with pytest.raises(OptionsError, match=r"nowhere\.toml"):
         resolve(None, {"TORCHACCEL_CONFIG": "nowhere.toml"})
 
 
@@ -92,5 +95,5 @@ def test_methods_rewrite_in_family_order():
 
 def test_options_are_frozen():
     method = resolve({"kv_compression": "int8"}, {}).methods[0]
-    with pytest.raises(Exception, match="frozen|no field|not have"):
+    with pytest.raises(Exception, match=r"frozen|no field"):
         method.options.bits = 4

@@ -48,6 +48,7 @@ class Backend:
         resolved = resolve(options)
         inputs = list(example_inputs)
         record = GraphRecord("unknown", resolved.requested(), resolved.sources)
+        record.graph_break = _graph_break(gm)
         self.journal.add(record, inputs)
         compile_rest = self._compiler(mode)
         record.declined = _unsuitable(inputs)
@@ -107,6 +108,15 @@ class Backend:
 
         patches = list_mode_options(mode) if mode else {}
         return lambda module, examples: compile_fx(module, examples, config_patches=patches)
+
+
+def _graph_break(gm: GraphModule) -> str | None:
+    """Why Dynamo ended this graph before the end of the model, and where; None for a whole graph."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    where = f" ({reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno})" if reason.user_stack else ""
+    return str(reason.reason).strip().splitlines()[0] + where
 
 
 def _unsuitable(inputs: list[Any]) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -120,6 +120,7 @@ def demo(
     from .evaluation.bench import Setup
     from .evaluation.demo import answer_text, run_demo
     from .evaluation.session import Case
+    from .evaluation.tables import notes
 
     with _streams(json_out) as (stdout, console), _usage_errors(console), _progress(console) as progress:
         case = Case("generate", context, 1, new_tokens, rounds=calls, warmup=1, recall_questions=recall)
@@ -128,7 +129,8 @@ def demo(
     out.print(f"\nThe prompt: {context} tokens, ending in “…{found.prompt_tail}”", highlight=False)
     out.print(f"Eager answers “{answer_text(found)}”; {found.question.answer} is right.\n", highlight=False)
     out.print(found.table())
-    out.print(found.legend(), highlight=False)
+    for line in (found.legend(), *notes(found.document)):
+        out.print(line, highlight=False)
     _deliver(found.document, json_out, stdout)
 
 
@@ -186,6 +188,7 @@ def _bench(
     from .evaluation.bench import Setup, default_variants, run_bench
     from .evaluation.results import exit_code
     from .evaluation.session import Case
+    from .evaluation.tables import notes, results_table
     from .evaluation.variants import parse_baselines, parse_options
 
     with _streams(json_out) as (stdout, console):
@@ -195,39 +198,12 @@ def _bench(
             with _progress(console) as progress:
                 found = run_bench(Case(kind, **case), variants, Setup(**setup), sys.argv, progress)
         if json_out != "-":
-            Console(file=stdout).print(_results_table(found))
+            out = Console(file=stdout)
+            out.print(results_table(found))
+            for line in notes(found):
+                out.print(line, highlight=False)
         _deliver(found, json_out, stdout)
     raise typer.Exit(exit_code(found["results"]))
-
-
-def _results_table(found: dict[str, Any]) -> Table:
-    """The results document for the eye."""
-    case = found["case"]
-    table = Table(title=f"{found['model']['name']}, {case['kind']}, context {case['context']}, batch {case['batch']}")
-    table.add_column("variant")
-    for name in ("ms", "speed-up over", "of roofline", "KV MB", "peak MB", "graphs", "max error", "note"):
-        table.add_column(name, justify="right")
-
-    def show(value: float | None, form: Callable[[float], str]) -> str:
-        return "-" if value is None else form(value)
-
-    for r in found["results"]:
-        ms = r["ms"] and f"{r['ms']['median']:.2f}"
-        if r["ttft_ms"]:
-            ms = f"{r['ttft_ms']['median']:.1f} + {r['tpot_ms']['median']:.2f}"
-        ratios = " ".join(f"{k}: {v:.2f}" for k, v in (r["speedup"] or {}).items() if ":" not in k)
-        table.add_row(
-            r["variant"],
-            ms or "-",
-            ratios or "-",
-            show(r["roofline_fraction"], "{:.2f}".format),
-            show(r["kv_bytes"], lambda b: f"{b / 1e6:.1f}"),
-            show(r["peak_bytes"], lambda b: f"{b / 1e6:.1f}"),
-            show(r["graphs"], str),
-            show(r["fidelity"]["max_abs_err_vs_fp32"], "{:.4f}".format),
-            r["reason"] or ("machine was busy" if found["machine"]["busy"] else ""),
-        )
-    return table
 
 
 def _deliver(found: dict[str, Any], json_out: str | None, stdout: TextIO) -> None:

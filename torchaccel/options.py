@@ -38,7 +38,7 @@ class Options:
 
     def requested(self) -> dict[str, Any]:
         """The options as plain data: family -> {"method": name, parameters}."""
-        found = {m.family: {"method": m.name, **m.options.model_dump()} for m in self.methods}  # type: ignore[attr-defined]
+        found = {m.family: {"method": m.name, **m.options.model_dump()} for m in self.methods}
         return {**found, "strict": self.strict} if self.strict else found
 
 
@@ -128,7 +128,7 @@ def _method(family: str, value: Any, where: str) -> Method:
         if key not in fields:
             raise _unknown(f"parameter of {family} method {method.name!r}", key, fields)
     try:
-        return method(method.Options(**parameters))  # type: ignore[call-arg]
+        return method(method.Options(**parameters))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -27,6 +27,7 @@ class GraphRecord:
     sites: list[LoweredSite] = field(default_factory=list)
     linear_layers: int = 0
     declined: str | None = None
+    graph_break: str | None = None
     compile_seconds: float = 0.0
     counter: CallCounter = field(default_factory=CallCounter)
 
@@ -71,6 +72,7 @@ class Report:
     def declines(self) -> list[str]:
         """Everything that was asked for and not done, with its reason."""
         lines = [f"{r.phase}: {r.declined}" for r in self.records if r.declined]
+        lines += [f"{r.phase}: the graph ends at a break: {r.graph_break}" for r in self.records if r.graph_break]
         lines += [f"{r.phase}: {p.name}: {d}" for r in self.records for p in r.passes for d in p.declines]
         return list(dict.fromkeys(lines))
 
@@ -89,6 +91,8 @@ class Report:
                     "requested": r.requested,
                     "sources": r.sources,
                     "declined": r.declined,
+                    "graph_break": r.graph_break,
+                    "kv_bytes": r.counter.kv_bytes,
                     "compile_seconds": round(r.compile_seconds, 3),
                     "calls": r.counter.calls,
                     "milliseconds": round(1e3 * r.counter.seconds, 3),
@@ -140,7 +144,9 @@ class Report:
         return table
 
     def _graph_table(self) -> Table:
-        table = Table("graph", "attention kernels", "cache", "linears", "calls", "ms/call", "compile s", title="graphs")
+        table = Table(
+            "graph", "attention kernels", "cache", "KV MB", "linears", "calls", "ms/call", "compile s", title="graphs"
+        )
         for record in self.records:
             kernels = _counted([s.kernel + (f" window {s.window}+{s.sinks}" if s.window else "") for s in record.sites])
             mean = 1e3 * record.counter.seconds / record.counter.calls if record.counter.calls else 0.0
@@ -148,6 +154,7 @@ class Report:
                 record.phase,
                 kernels or (record.declined and "inductor") or "-",
                 _counted([s.layout for s in record.sites]) or "-",
+                f"{record.counter.kv_bytes / 1e6:.2f}",
                 str(record.linear_layers),
                 str(record.counter.calls),
                 f"{mean:.2f}",

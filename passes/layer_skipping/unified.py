@@ -53,7 +53,7 @@ class Unified(Method):
             executed = set(executed_layers(len(layers), self.options.target_speedup))
         except ValueError as error:
             return self.result([], [Decline("graph", Reason.TOO_FEW_LAYERS, str(error))])
-        done = []
+        done: list[str] = []
         # From the top: the input of a skipped layer may be the output of another one.
         for layer in reversed(layers):
             site = layer.attention

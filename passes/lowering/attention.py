@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-
-from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.kernels import ops, registry
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
+
+from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
 from torchaccel.runtime.kv import LogicalKV, compress
 from torchaccel.runtime.storage import Layout
 
-from ..dead_code import remove_dead_code
 from ..base import Decline, Reason, RewriteContext, SitePlan
+from ..dead_code import remove_dead_code
 
 
 @dataclass

@@ -7,7 +7,6 @@ from collections import defaultdict
 
 import torch
 from torch.fx import Graph, Node
-
 from torchaccel.kernels import ops, registry
 from torchaccel.kernels.spec import DTYPES, LinearSpec, dtype_name
 

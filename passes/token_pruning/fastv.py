@@ -13,9 +13,8 @@ from torchaccel.graph.narrow import narrow_sequence
 from torchaccel.graph.propagate import annotate
 from torchaccel.graph.sequence import UntrackedSequenceError
 
-from ..dead_code import remove_dead_code
 from ..base import Decline, Fidelity, Method, MethodOptions, PassResult, Reason, RewriteContext
-
+from ..dead_code import remove_dead_code
 
 PARTS = 1000
 

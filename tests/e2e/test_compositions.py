@@ -49,8 +49,10 @@ def test_real_parameters_all_fire_and_free_what_they_promise(families):
     assert set(report.effective) == {METHOD[family] for family in families} and not report.declines
     assert phases(fast) == ["prefill", "decode"]
     cache = got.past_key_values
-    assert all(layer.keys.shape == theirs.keys.shape for layer, theirs in
-               zip(cache.layers, exact.past_key_values.layers, strict=True))
+    assert all(
+        layer.keys.shape == theirs.keys.shape
+        for layer, theirs in zip(cache.layers, exact.past_key_values.layers, strict=True)
+    )
     # float32 tokens: 2 rows x 2 heads x 16 channels x 4 bytes, keys and values, 4 layers, up to 25 % slack and blocks.
     share = 1.0
     if "kv_compression" in families:

@@ -1,4 +1,4 @@
-"""How the inputs and outputs of a rewritten graph meet the model's: which arguments are caches, and what they become."""
+"""How the inputs and outputs of a rewritten graph meet the model's: which are caches, and what they become."""
 
 from __future__ import annotations
 

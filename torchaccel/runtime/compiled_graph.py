@@ -15,11 +15,12 @@ from .storage import Layout
 
 
 class CallCounter:
-    """How often a compiled graph ran and for how long."""
+    """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.seconds = 0.0
+        self.kv_bytes = 0
 
 
 class CompiledGraph:
@@ -46,6 +47,7 @@ class CompiledGraph:
         for store in bindings.stores:
             self._store(store, args, results)
         self.counter.calls += 1
+        self.counter.kv_bytes = sum(t.physical.nbytes for t in results if isinstance(t, LogicalKV) and t.physical)
         self.counter.seconds += time.perf_counter() - began
         return results[: bindings.result_count]
 
@@ -63,7 +65,7 @@ class CompiledGraph:
             keys, values = adopt(keys, binding.key_layout), adopt(values, binding.value_layout)
         keys, values = writable_pair(keys, values, n)
         logical = keys.shape[2]
-        key_storage, value_storage = keys.storage, values.storage
+        key_storage, value_storage = keys.physical, values.physical
         assert key_storage is not None and value_storage is not None
         if binding.skipped:
             end = keys.end

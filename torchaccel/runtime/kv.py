@@ -20,29 +20,30 @@ aten = torch.ops.aten
 class LogicalKV(Tensor):
     """The keys or values of one layer, ``[B, H_kv, S, D]`` as far as anyone can see.
 
-    ``storage`` holds what the layout keeps of them in slots ``start .. end``. Without positions slot ``start + j`` is
+    ``physical`` holds what the layout keeps of them in slots ``start .. end``. Without positions slot ``start + j`` is
     column j; with positions fewer than S tokens are stored. Slicing the sequence, selecting or repeating batch rows,
     ``clone``, ``detach`` and ``to`` keep the layout; any other operation reads the tokens back, or raises
     ``EvictedTokensError`` when some are gone.
     """
 
-    storage: Storage | None
+    physical: Storage | None
     buf: Tensor
     positions: Tensor | None
     kv_layout: Layout
     start: int
     end: int
+    age: int
 
     @staticmethod
     def __new__(cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any) -> LogicalKV:
         """Wrap ``buf``; ``size`` is the logical shape."""
-        wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
         )
         wrapper.kv_layout = layout
         wrapper.buf = buf
         wrapper.positions = positions
-        wrapper.storage = None
+        wrapper.physical = None
         return wrapper
 
     # The wrapper's attributes are all set in __new__: Tensor.__init__ must not see them.
@@ -56,7 +57,7 @@ class LogicalKV(Tensor):
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
         return LogicalKV(layout, inner["buf"], inner.get("positions"), size)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -64,22 +65,22 @@ class LogicalKV(Tensor):
 
     def dense(self) -> Tensor:
         """The tokens as a plain tensor ``[B, H_kv, S, D]``; raises ``EvictedTokensError`` when some are gone."""
-        if self.storage is None:
+        if self.physical is None:
             # Tracing with fake tensors: only shape, dtype and device exist.
             return self.buf.new_empty(self.shape, dtype=self.dtype)
         if self.end - self.start != self.shape[2]:
             raise EvictedTokensError(
                 f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {self.end - self.start} of them "
-                f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.positions else ''}); pass this cache "
-                "only to a model compiled with torchaccel, or compile without the method that evicts tokens"
+                f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.positions else ''}); pass this "
+                "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
-        return self.storage.read(self.start, self.end)
+        return self.physical.read(self.start, self.end, self.age)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, LogicalKV) and first.storage is not None:
+        if isinstance(first, LogicalKV) and first.physical is not None:
             handler = _LAYOUT_KEEPING.get(func)
             result = handler(first, *args[1:], **kwargs) if handler else NotImplemented
             if result is not NotImplemented:
@@ -101,13 +102,10 @@ def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
     with torch.inference_mode(False):
         kv = LogicalKV(storage.layout, buf, storage.positions, size)
-    kv.storage, kv.start, kv.end = storage, start, end
+    kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
     storage.views[id(kv)] = kv
-    # One decode graph for every length and capacity: without the marks Dynamo compiles a static length first.
+    # One decode graph for every length: without the mark Dynamo compiles a static length first.
     torch._dynamo.maybe_mark_dynamic(kv, 2)
-    torch._dynamo.maybe_mark_dynamic(buf, 2)
-    if storage.positions is not None:
-        torch._dynamo.maybe_mark_dynamic(storage.positions, 1)
     return kv
 
 
@@ -123,16 +121,17 @@ def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positio
 
 
 def writable(kv: LogicalKV, room: int, *, copy: bool = False) -> LogicalKV:
-    """``kv`` itself, or a copy of it that has ``room`` free slots after its end and no other reader beyond it."""
-    storage = kv.storage
+    """``kv`` itself with ``room`` free slots behind it, or a copy when the buffer is full or was overwritten since."""
+    storage = kv.physical
     if storage is None:
         raise ValueError("a fake KV tensor has no storage to write to")
     if storage.layout.format.kind == "empty":
         return kv
-    if not copy and kv.end + room <= storage.capacity and storage.newest(kv, kv.end):
+    if not copy and kv.end + room <= storage.capacity and storage.intact(kv.end, kv.age):
         storage.truncate(kv.end)
+        kv.age = len(storage.cuts)
         return kv
-    new, start = storage.copy(kv.start, kv.end, room)
+    new, start = storage.copy(kv.start, kv.end, room, age=kv.age)
     return view(new, start, start + kv.end - kv.start, kv.shape[2])
 
 
@@ -155,10 +154,8 @@ def kv_bytes(cache: Any) -> int:
         tensors = tree_flatten(cache)[0]
     seen: dict[int, int] = {}
     for t in tensors:
-        if isinstance(t, LogicalKV) and t.storage is not None:
-            seen[id(t.storage.buf)] = t.storage.buf.nbytes
-            if t.storage.positions is not None:
-                seen[id(t.storage.positions)] = t.storage.positions.nbytes
+        if isinstance(t, LogicalKV) and t.physical is not None:
+            seen[id(t.physical)] = t.physical.nbytes
         elif isinstance(t, Tensor):
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(seen.values())
@@ -168,10 +165,10 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
     size = kv.shape[dim]
     lo, hi, _ = slice(start, None if end is None or end > size else end).indices(size)
     if step == 1 and lo == 0 and hi == size:
-        return view(kv.storage, kv.start, kv.end, kv.shape[2])  # type: ignore[arg-type]
+        return _alias(kv)
     if dim % 4 != 2 or step != 1 or hi < lo:
         return NotImplemented
-    storage = kv.storage
+    storage = kv.physical
     assert storage is not None
     if storage.layout.format.kind == "empty":
         return view(storage, 0, 0, hi - lo)
@@ -181,14 +178,14 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
                 f"asked to crop a pruned KV cache to columns {lo}..{hi}; its first {storage.contiguous_from} columns "
                 "were pruned together and cannot be cut apart"
             )
-        return view(storage, kv.start, kv.end - (size - hi), hi)
-    return view(storage, kv.start + lo, kv.start + hi, hi - lo)
+        return _aged(kv, view(storage, kv.start, kv.end - (size - hi), hi))
+    return _aged(kv, view(storage, kv.start + lo, kv.start + hi, hi - lo))
 
 
 def _take_rows(kv: LogicalKV, rows: Tensor) -> LogicalKV:
-    storage = kv.storage
+    storage = kv.physical
     assert storage is not None
-    new, start = storage.copy(kv.start, kv.end, 1, rows)
+    new, start = storage.copy(kv.start, kv.end, 1, rows, kv.age)
     return view(new, start, start + kv.end - kv.start, kv.shape[2])
 
 
@@ -210,27 +207,32 @@ def _repeat_rows(kv: LogicalKV, repeats: Any, dim: int | None = None, **_: Any) 
 
 
 def _clone(kv: LogicalKV, **_: Any) -> LogicalKV:
-    storage = kv.storage
+    storage = kv.physical
     assert storage is not None
-    new, start = storage.copy(kv.start, kv.end, 1)
+    new, start = storage.copy(kv.start, kv.end, 1, age=kv.age)
     return view(new, start, start + kv.end - kv.start, kv.shape[2])
 
 
 def _alias(kv: LogicalKV) -> LogicalKV:
-    assert kv.storage is not None
-    return view(kv.storage, kv.start, kv.end, kv.shape[2])
+    assert kv.physical is not None
+    return _aged(kv, view(kv.physical, kv.start, kv.end, kv.shape[2]))
+
+
+def _aged(source: LogicalKV, derived: LogicalKV) -> LogicalKV:
+    derived.age = source.age
+    return derived
 
 
 def _to(kv: LogicalKV, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Any:
-    storage = kv.storage
-    assert storage is not None
     if dtype not in (None, kv.dtype):
         return NotImplemented
+    own = _clone(kv)
+    storage = own.physical
+    if storage is None or device is None or torch.device(device) == storage.buf.device:
+        return own
     slots = None if storage.positions is None else storage.positions.to(device)
     moved = Storage(storage.layout, storage.buf.to(device), storage.filled, slots, storage.contiguous_from)
-    if moved.buf is storage.buf:
-        return _clone(kv)
-    return view(moved, kv.start, kv.end, kv.shape[2])
+    return view(moved, own.start, own.end, own.shape[2])
 
 
 _LAYOUT_KEEPING: dict[Any, Callable[..., Any]] = {

@@ -29,8 +29,20 @@ class Layout:
     positions: bool = False
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Tokens ``[B, H, n, D]`` that stood in slots ``first ..`` before they were given up for others."""
+
+    first: int
+    tokens: Tensor
+
+
 class Storage:
-    """One buffer, the number of slots filled in it, and the views that still read it."""
+    """One buffer, the number of slots filled in it, and what its older readers still need.
+
+    Appending behind an older, shorter view overwrites slots. When somebody alive still reads those, their tokens are
+    kept in ``cuts`` (assisted generation gives up a few tokens a round: that costs those tokens, not a copy of all).
+    """
 
     def __init__(self, layout: Layout, buf: Tensor, filled: int, positions: Tensor | None, contiguous_from: int):
         """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, C]``.
@@ -42,59 +54,72 @@ class Storage:
         self.filled = filled
         self.positions = positions
         self.contiguous_from = contiguous_from
+        self.capacity = kv_format.capacity(layout.format, buf)
+        self.nbytes = buf.nbytes + (0 if positions is None else positions.nbytes)
         self.views: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.cuts: list[Cut] = []
+        # One decode graph for every capacity: without the marks Dynamo compiles a static size first.
+        torch._dynamo.maybe_mark_dynamic(buf, 2)
+        if positions is not None:
+            torch._dynamo.maybe_mark_dynamic(positions, 1)
 
-    @property
-    def capacity(self) -> int:
-        """Slots that the buffer can hold."""
-        return kv_format.capacity(self.layout.format, self.buf)
+    def intact(self, end: int, age: int) -> bool:
+        """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
+        return all(cut.first >= end for cut in self.cuts[age:])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes really allocated."""
-        own = self.buf.numel() * self.buf.element_size()
-        return own + (0 if self.positions is None else self.positions.numel() * self.positions.element_size())
-
-    def read(self, start: int, end: int) -> Tensor:
-        """Slots ``start .. end`` as ``[B, H, n, D]`` in the model's dtype."""
-        return kv_format.read(self.layout.format, self.buf, start, end, self.filled)
-
-    def newest(self, view: object, end: int) -> bool:
-        """Whether ``view``, which ends at slot ``end``, may append in place: nobody alive reads beyond it."""
-        return self.filled == end or all(other is view or other.end <= end for other in self.views.values())
+    def read(self, start: int, end: int, age: int | None = None) -> Tensor:
+        """Slots ``start .. end`` as ``[B, H, n, D]`` in the model's dtype, as they were at cut number ``age``."""
+        age = len(self.cuts) if age is None else age
+        if self.intact(end, age):
+            return kv_format.read(self.layout.format, self.buf, start, end, self.filled)
+        present = kv_format.read(self.layout.format, self.buf, start, min(end, self.filled), self.filled)
+        tokens = present.new_empty(*present.shape[:2], end - start, present.shape[3])
+        tokens[:, :, : present.shape[2]].copy_(present)
+        for cut in reversed(self.cuts[age:]):
+            low, high = max(cut.first, start), min(cut.first + cut.tokens.shape[2], end)
+            if low < high:
+                tokens[:, :, low - start : high - start].copy_(cut.tokens[:, :, low - cut.first : high - cut.first])
+        return tokens
 
     def truncate(self, end: int) -> None:
-        """Forget the slots from ``end`` on."""
-        if end < self.filled:
-            kv_format.truncate(self.layout.format, self.buf, self.filled, end)
-            self.filled = end
+        """Give up the slots from ``end`` on, keeping their tokens for whoever alive still reads them."""
+        if end >= self.filled:
+            return
+        fmt = self.layout.format
+        if any(view.end > end for view in self.views.values()):
+            self.cuts.append(Cut(end, kv_format.read(fmt, self.buf, end, self.filled, self.filled).clone()))
+        kv_format.truncate(fmt, self.buf, self.filled, end)
+        self.filled = end
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, start: int, end: int, room: int, batch: Tensor | None = None) -> tuple[Storage, int]:
+    def copy(
+        self, start: int, end: int, room: int, batch: Tensor | None = None, age: int | None = None
+    ) -> tuple[Storage, int]:
         """A storage of its own for slots ``start .. end`` with room for ``room`` more; returns it and its start.
 
-        batch: int64 ``[B']`` rows to take (beam search), or None for all.
+        batch: int64 ``[B']`` rows to take (beam search), or None for all. age: see ``read``.
         """
         fmt = self.layout.format
-        # Whole quantised blocks are moved as they are: their codes must not be made anew.
-        base = start - start % fmt.block if fmt.kind == "int8" else start
         pick = (lambda t: t) if batch is None else (lambda t: t.index_select(0, batch))
         rows, heads = (self.buf.shape[0] if batch is None else batch.shape[0]), self.buf.shape[1]
+        # Whole quantised blocks are moved as they are: their codes must not be made anew.
+        intact = self.intact(end, len(self.cuts) if age is None else age)
+        base = start - start % fmt.block if fmt.kind == "int8" and intact else start
         buf = kv_format.allocate(fmt, rows, heads, grown(end - base + room), self.buf.device)
-        new = Storage(self.layout, buf, end - base, None, self.contiguous_from)
-        if fmt.kind == "dense":
-            buf[:, :, : end - base].copy_(pick(self.buf[:, :, base:end]))
-        elif fmt.kind == "int8":
+        slots = None
+        if self.positions is not None:
+            slots = self.positions.new_empty(rows, kv_format.capacity(fmt, buf))
+            slots[:, : end - base].copy_(pick(self.positions[:, base:end]))
+        if fmt.kind == "int8" and intact:
             done = end // fmt.block * fmt.block
             size = (done - base) // fmt.block * fmt.block_bytes
             lo = fmt.tail_bytes + base // fmt.block * fmt.block_bytes
             buf[..., fmt.tail_bytes : fmt.tail_bytes + size].copy_(pick(self.buf[..., lo : lo + size]))
             kv_format.tail(fmt, buf)[:, :, : end - done].copy_(pick(self.read(done, end)))
-        if self.positions is not None:
-            new.positions = self.positions.new_empty(rows, new.capacity)
-            new.positions[:, : end - base].copy_(pick(self.positions[:, base:end]))
-        return new, start - base
+        elif fmt.kind != "empty":
+            kv_format.append(fmt, buf, 0, pick(self.read(base, end, age)))
+        return Storage(self.layout, buf, end - base, slots, self.contiguous_from), start - base
 
 
 def grown(need: int) -> int:

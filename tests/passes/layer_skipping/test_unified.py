@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from torchaccel.passes.layer_skipping.unified import executed_layers
 from transformers import DynamicCache
 
 import torchaccel
 from tests.e2e.generation import compiled, prompt
-from torchaccel.passes.layer_skipping.unified import executed_layers
 
 
 @pytest.mark.parametrize(

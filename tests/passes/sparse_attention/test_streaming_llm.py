@@ -36,12 +36,13 @@ def test_equals_the_model_with_an_explicit_mask(family, padding):
         ids, mask, past = inputs["input_ids"], inputs["attention_mask"], 0
         for new in (length, 1, 1, 3, 1):
             expected = eager(
-                ids, attention_mask=explicit_mask(padding, past, new), position_ids=positions,
-                past_key_values=theirs, use_cache=True,
+                ids,
+                attention_mask=explicit_mask(padding, past, new),
+                position_ids=positions,
+                past_key_values=theirs,
+                use_cache=True,
             ).logits
-            got = fast(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=ours, use_cache=True
-            ).logits
+            got = fast(ids, attention_mask=mask, position_ids=positions, past_key_values=ours, use_cache=True).logits
             for row in range(batch):
                 live = rows[row] if past == 0 else slice(None)
                 torch.testing.assert_close(got[row, live], expected[row, live], atol=3e-5, rtol=3e-5)

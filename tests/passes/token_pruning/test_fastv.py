@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from torchaccel.passes.token_pruning.fastv import rank_tokens
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, phases, prompt
-from torchaccel.passes.token_pruning.fastv import rank_tokens
 
 KEEP, LAYER = 0.5, 2
 OPTIONS = {"token_pruning": {"method": "fastv", "keep": KEEP, "layer": LAYER}}
@@ -61,6 +61,7 @@ def reference(model, ids, steps):
     hidden, length = body.embed_tokens(ids), ids.shape[1]
     positions = torch.arange(length)[None]
     cos, sin = body.rotary_emb(hidden, positions)
+    weights = torch.empty(0)
     for place, layer in enumerate(body.layers):
         if place == LAYER:
             score = weights[0, :, -1].mean(0)
