@@ -50,7 +50,7 @@ def test_decode(folder: Path) -> None:
     assert exact["compile_s"]["warm"] > 0
     assert exact["compile_s"]["cold"] is None
     assert found["eager"]["graphs"] is None
-    assert found["eager"]["kv_bytes"] == 2 * 2 * 16 * 4 * (200 + 2 + 1 + 5 + 1)
+    assert found["eager"]["kv_bytes"] == 2 * 2 * 16 * 4 * (200 + 2 + 1 + 5 + 2)
     assert exact["bound_ms"] > 0
 
 

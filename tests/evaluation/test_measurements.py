@@ -21,6 +21,16 @@ def test_the_peak_counts_what_lives_at_the_same_time() -> None:
     assert transient_peak(call, CPU) == 12_000
 
 
+def test_what_a_call_replaces_counts_only_while_both_exist() -> None:
+    cache = [torch.empty(1000), torch.empty(1000)]
+
+    def grow() -> None:
+        for layer in range(2):
+            cache[layer] = torch.empty(1000)
+
+    assert transient_peak(grow, CPU) == 4000
+
+
 def test_what_existed_before_is_not_counted() -> None:
     held = torch.empty(10_000)
     assert transient_peak(lambda: held.add_(1.0), CPU) < 100

@@ -30,8 +30,8 @@ def run_decode(session: Session, variants: Sequence[Variant]) -> list[Result]:
     """
     case = session.case
     content = random_content(session.facts, case.batch, case.context, session.device)
-    # One step for the memory profile comes after the timed ones.
-    steps = FIDELITY_STEPS + case.warmup + case.rounds + 1
+    # Two steps for the memory profile come after the timed ones.
+    steps = FIDELITY_STEPS + case.warmup + case.rounds + 2
     tokens = _tokens(session, steps)
     truth = eager = None
     session.progress.begin(len(variants) + case.rounds + 2)

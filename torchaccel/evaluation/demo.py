@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 from .bench import Setup, open_session, session_document
@@ -17,6 +16,7 @@ from .generate import Generated, run_generate
 from .recall import ANSWER_TOKENS, TASKS, Question, is_right, make_question
 from .results import Result
 from .session import Case, Progress, fresh_compilers
+from .tables import PREFIX, comparison_table
 from .variants import Variant, parse_baselines, torchaccel_variants
 
 # One lossy setting per family. The window is well below the prompt, so that what it forgets shows in the answers.
@@ -26,6 +26,7 @@ LOSSY: dict[str, Any] = {
     "kv_compression": {"method": "int8"},
     "sparse_attention": {"method": "streaming_llm", "sinks": 4, "window": 256},
 }
+ALL_TOGETHER = f"{PREFIX}all together"
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,10 @@ class Demo:
 
     def table(self) -> Table:
         """One row per variant: times, bytes, agreement with eager, answers, graphs."""
-        title = "One prompt, every way of running the model"
-        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
-        table.add_column("variant", no_wrap=True)
-        for name in ("first\ntoken ms", "ms per\ntoken", "KV\nkB", "same\nstart", "same\ntokens"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name in ("answer", "recall", "graphs"):
-            table.add_column(name, justify="right", no_wrap=True)
-        titled = False
-        for result in self.generated.results:
-            if result.variant.startswith("torchaccel:") and not titled:
-                table.add_row("torchaccel")
-                titled = True
-            table.add_row(*self._row(result))
-        return table
+        headers = ["first\ntoken ms", "ms per\ntoken", "KV\nkB", "same\nstart", "same\ntokens"]
+        headers += ["answer", "recall", "graphs"]
+        rows = [self._row(result) for result in self.generated.results]
+        return comparison_table("One prompt, every way of running the model", headers, rows)
 
     def legend(self) -> str:
         """What the columns of the table mean."""
@@ -64,20 +55,17 @@ class Demo:
             f"recall: share of questions answered right ({tasks})."
         )
 
-    def _row(self, result: Result) -> list[str]:
+    def _row(self, result: Result) -> tuple[str, list[str]]:
+        name = ALL_TOGETHER if "+" in result.variant else result.variant
+        if result.status != "ok":
+            name += f" ({result.status})"
         tokens = self.generated.tokens.get(result.variant)
-        ours = result.variant.startswith("torchaccel:")
-        name = f"  {result.variant.removeprefix('torchaccel:')}" if ours else result.variant
-        name = "  all together" if "+" in name else name
-        if result.status == "declined":
-            name += " (declined)"
         if tokens is None or result.ttft_ms is None or result.tpot_ms is None:
-            return [name, result.reason or result.status] + [""] * 7
+            return name, []
         reference = self.generated.reference
         right = is_right(self.tokenizer, tokens[0].tolist(), self.question.answer)
         scores = (result.fidelity.recall or {}).values()
-        return [
-            name,
+        return name, [
             f"{result.ttft_ms.median:.1f}",
             f"{result.tpot_ms.median:.2f}",
             f"{(result.kv_bytes or 0) / 1e3:.0f}",
