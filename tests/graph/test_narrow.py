@@ -141,6 +141,15 @@ def test_number_of_kept_tokens_can_be_symbolic(model_of):
     check(found, module, model_of("llama"), (1, 7, False), torch.tensor([[1, 3, 5]]))
 
 
+def test_no_guard_is_added(model_of):
+    found = capture_phase(model_of("llama"), "prefill", dynamic=True)
+    values = [node.meta.get("example_value") for node in found.module.graph.nodes]
+    environment = next(value.node.shape_env for value in values if isinstance(value, torch.SymInt))
+    guards = len(environment.guards)
+    narrowed(found, KEEP[7])
+    assert len(environment.guards) == guards
+
+
 def test_narrowing_twice(captured, model_of):
     found = captured("llama", "prefill")
     module = narrowed(found, KEEP[7])
@@ -148,8 +157,12 @@ def test_narrowing_twice(captured, model_of):
     narrow_sequence(module.graph, boundary, insert_indices(module, boundary, [[0, 2], [1, 2]]))
     module.graph.lint()
     module.recompile()
-    lengths = [site.k.meta["example_value"].shape[2] for site in analyze(module).attentions]
-    assert lengths == [7, 3, 2]
+    anatomy = analyze(module)
+    assert [site.k.meta["example_value"].shape[2] for site in anatomy.attentions] == [7, 3, 2]
+    for node in module.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    spans = [(layer.input, layer.output) for layer in anatomy.layers]
+    assert [(layer.input, layer.output) for layer in analyze(module).layers] == spans
     outputs = found.run(module)
     whole = narrowed(found, [[3, 5, 6], [0, 2, 6]])
     torch.testing.assert_close(outputs[:4], found.run(whole)[:4])  # up to the second boundary nothing changed

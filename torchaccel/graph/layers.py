@@ -10,7 +10,7 @@ import networkx as nx
 from torch.fx import Graph, Node
 
 from .nodes import ancestors, arguments, descendants, dtype, op_name, positions, rank, same_shape
-from .streams import RESHAPES, stream_back
+from .streams import RESHAPES, STREAM, stream_back
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _layers_by_structure(graph: Graph, attentions: list[Node]) -> list[LayerSpan
     outputs: list[Node] = []
     for after, following in zip(crossings, attentions[1:], strict=False):
         before_next = ancestors([following])
-        common = [node for node in after if node in before_next]
+        common = [node for node in after if node in before_next and op_name(node) in STREAM]
         if not common:
             return []  # two attentions side by side, or of different sequences
         outputs.append(max(common, key=order.__getitem__))
@@ -112,15 +112,14 @@ def _layers_by_structure(graph: Graph, attentions: list[Node]) -> list[LayerSpan
     if last is None:
         return []
     outputs.append(last)
-    before_first = ancestors([attentions[0]])
-    reached = [n for n in stream_back([outputs[0]]) if n in before_first and same_shape(n, outputs[0])]
-    if not reached:
-        return []
-    inputs = [max(reached, key=order.__getitem__), *outputs[:-1]]
     layers = []
-    for i, (start, end, attention) in enumerate(zip(inputs, outputs, attentions, strict=True)):
-        if not same_shape(start, end):
+    for i, (end, attention) in enumerate(zip(outputs, attentions, strict=True)):
+        before = ancestors([attention])
+        reached = stream_back([end], stop=set(outputs[:i]).__contains__)
+        entering = [node for node in reached if node in before and same_shape(node, end)]
+        if not entering:
             return []
+        start = max(entering, key=order.__getitem__)
         inside = (descendants([start]) - {start} - descendants([end])) | {end}
         layers.append(LayerSpan(f"layers.{i}", start, end, frozenset(inside), (attention,)))
     return layers

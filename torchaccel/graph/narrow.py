@@ -6,12 +6,13 @@ import operator
 from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from .layout import Dim, Layout, dim
-from .nodes import ancestors, descendants, expression, hint, is_number, op_name, rank, sizes
+from .nodes import ancestors, descendants, expression, is_number, op_name, rank, sizes
 from .propagate import annotate, infer
 from .sequence import Gather, Kept, Rule, SequencePlan, UntrackedSequenceError
 from .sequence_rules import rules
@@ -223,11 +224,11 @@ class _Edit:
                 raise UntrackedSequenceError(node, f"dimension {place} came out as {size}")
 
     def _fits(self, planned: Dim, size: Any) -> bool:
-        """Whether a size is what the plan says, by expression or, where those differ in form, by hint."""
+        """Whether a size is what the plan says."""
         wanted: Any = 1
         for factor in planned:
             wanted = wanted * (expression(self.kept) if factor.role == "sequence" else factor.size)
-        return bool(wanted == expression(size)) or (not isinstance(wanted, int) and hint(size) is not None)
+        return bool(wanted == expression(size)) or sympy.expand(wanted - expression(size)) == 0
 
 
 def _is_one(size: Any) -> bool:
