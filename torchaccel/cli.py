@@ -124,7 +124,7 @@ def demo(
 
     with _streams(json_out) as (stdout, console), _usage_errors(console), _progress(console) as progress:
         case = Case("generate", context, 1, new_tokens, rounds=calls, warmup=1, recall_questions=recall)
-        found = run_demo(case, Setup("demo", device, dtype, cold), sys.argv, progress)
+        found = run_demo(case, Setup("demo", device, dtype, cold), ["torchaccel", *sys.argv[1:]], progress)
     out = Console() if json_out != "-" else console
     out.print(f"\nThe prompt: {context} tokens, ending in “…{found.prompt_tail}”", highlight=False)
     out.print(f"Eager answers “{answer_text(found)}”; {found.question.answer} is right.\n", highlight=False)
@@ -196,7 +196,7 @@ def _bench(
             extra = [parse_options(text) for text in options or []]
             variants = [*parse_baselines(baselines), *default_variants(kind, extra)]
             with _progress(console) as progress:
-                found = run_bench(Case(kind, **case), variants, Setup(**setup), sys.argv, progress)
+                found = run_bench(Case(kind, **case), variants, Setup(**setup), ["torchaccel", *sys.argv[1:]], progress)
         if json_out != "-":
             out = Console(file=stdout)
             out.print(results_table(found))
