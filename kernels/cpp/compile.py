@@ -35,6 +35,7 @@ def render(template: str, **symbols: Any) -> str:
 def missing_toolchain() -> str | None:
     """Why no kernel can be compiled on this machine, in one line for the user; None when a C++ compiler was found."""
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.exc import InvalidCxxCompiler
 
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -45,6 +46,8 @@ def missing_toolchain() -> str | None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError, OSError):
         return "no C++ compiler was found: install g++, or set CXX to its path"
+    if not pick_vec_isa():
+        return "the C++ compiler builds no AVX2 or AVX-512 code that runs on this machine"
     return None
 
 

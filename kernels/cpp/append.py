@@ -1,0 +1,72 @@
+"""Generated C++ for appending many tokens to an int8 KV buffer, as after the prefill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import lru_cache
+
+from torch import Tensor
+
+from .. import kv_format
+from ..spec import DTYPES, KVFormat
+from .attention import C_TYPES, MAX_HEAD_DIM
+from .compile import compile_source, missing_toolchain, render
+
+Append = Callable[[Tensor, int, Tensor], None]
+
+FIELDS = ("buffer, buffer_b, buffer_h", "x, x_b, x_h, x_t, x_d", "B, H, filled, n")
+
+
+def supports(fmt: KVFormat) -> str | None:
+    """Why no C++ append can be generated for ``fmt``, in one line for the user; None when one can."""
+    if fmt.kind != "int8":
+        return f"appending to the format '{fmt.kind}' is a copy, which torch does at memory bandwidth"
+    if not 1 <= fmt.head_dim <= MAX_HEAD_DIM:
+        return f"the C++ kernel handles head dims up to {MAX_HEAD_DIM}; found {fmt.head_dim}"
+    if fmt.block % 16 or not 16 <= fmt.block <= 256:
+        return f"int8 blocks must hold a multiple of 16 tokens, at most 256; found {fmt.block}"
+    return missing_toolchain()
+
+
+def source(fmt: KVFormat) -> str:
+    """The C++ source of the append of ``fmt``; equal formats give equal text."""
+    return render(
+        "bulk_append.cpp.jinja",
+        title="torchaccel append to an int8 KV buffer",
+        spec=json.dumps(asdict(fmt), sort_keys=True),
+        fields=FIELDS,
+        dtype=C_TYPES[fmt.dtype],
+        dim=fmt.head_dim,
+        block=fmt.block,
+        per_channel="true" if fmt.axis == "channel" else "false",
+    )
+
+
+@lru_cache(maxsize=256)
+def append(fmt: KVFormat) -> Append:
+    """The compiled append of ``fmt``: ``kv_format.append`` without its first argument, and with the same bits.
+
+    ``call(buf, filled, new)``: buf as ``kv_format.allocate`` made it, new ``[B, H, n, D]`` of any strides. Raises
+    ``ValueError`` for a format that ``supports`` refuses, and when the buffer has no room for the new tokens.
+    """
+    reason = supports(fmt)
+    if reason:
+        raise ValueError(reason)
+    kernel = compile_source(source(fmt))
+    dtype = DTYPES[fmt.dtype]
+
+    def call(buf: Tensor, filled: int, new: Tensor) -> None:
+        batch, heads, n, _ = new.shape
+        room = kv_format.capacity(fmt, buf)
+        if filled + n > room:
+            raise ValueError(f"the buffer has {room} slots, but {filled + n} tokens are to be stored: grow it first")
+        if new.dtype != dtype:
+            new = new.to(dtype)
+        strides = buf.stride()
+        if strides[2] != 1:
+            raise ValueError(f"KV buffers need a contiguous last dimension; found strides {strides}")
+        kernel(buf.data_ptr(), *strides[:2], new.data_ptr(), *new.stride(), batch, heads, filled, n)
+
+    return call
