@@ -70,8 +70,8 @@ def decode_attention(
 ) -> Tensor:
     """Append ``k_new``, ``v_new`` to the buffers in place, then attend over everything stored.
 
-    q: ``[B, H, Q, D]``; k_new, v_new: ``[B, H_kv, Q, D]``, or None: nothing is appended, and slots ``lens[0] ..``
-    ``lens[1]`` are attended as they are (a static cache, whose mask decides). k_buf, v_buf: buffers of the spec's formats.
+    q: ``[B, H, Q, D]``. k_new, v_new: ``[B, H_kv, Q, D]``; when None nothing is appended and slots ``lens[0]`` to
+    ``lens[1]`` are attended as they are (a static cache, whose mask decides). k_buf, v_buf: of the spec's formats.
     lens: int64 ``[3]`` on the CPU: first live slot, end of the filled slots, logical length, all before the append.
     mask: ``[B | 1, H | 1, Q, columns]``, bool or additive, any strides; columns is ``logical + Q`` after an append.
     positions: int32 ``[B, C]``, column of each slot, updated in place; without it slot s is column ``s - start`` and

@@ -11,7 +11,9 @@ from torchaccel.kernels.cpp import attention
 
 from tests.kernels.cpp_support.cases import SPECS, Inputs, assert_same, inputs, poisoned, random_mask
 
-pytestmark = pytest.mark.skipif(attention.supports(SPECS["f32"]) is not None, reason=str(attention.supports(SPECS["f32"])))
+pytestmark = pytest.mark.skipif(
+    attention.supports(SPECS["f32"]) is not None, reason=str(attention.supports(SPECS["f32"]))
+)
 
 APPENDING = [name for name in SPECS if "static" not in name]
 
@@ -91,8 +93,10 @@ def test_hidden_tiles_are_not_read(name: str) -> None:
     case = inputs(SPECS[name], batch=2, length=300)
     allowed = torch.ones(2, 1, 1, 301, dtype=torch.bool)
     allowed[0, ..., :128] = False
-    case.mask = allowed if case.spec.mask == "bool" else torch.zeros(2, 1, 1, 301).masked_fill(
-        ~allowed, torch.finfo(torch.float32).min
+    case.mask = (
+        allowed
+        if case.spec.mask == "bool"
+        else torch.zeros(2, 1, 1, 301).masked_fill(~allowed, torch.finfo(torch.float32).min)
     )
     expected = case.expected()
     for fmt, buf in ((case.spec.key_format, case.k_buf), (case.spec.value_format, case.v_buf)):
@@ -141,7 +145,7 @@ def test_dead_slots_at_the_start(name: str, start: int) -> None:
 
 @pytest.mark.parametrize("valid", [1, 130, 500])
 def test_static_cache_attends_without_appending(valid: int) -> None:
-    """The whole buffer is given, of any strides; the mask says which prefix counts, and NaN in hidden tiles is not read."""
+    """The whole buffer is given, of any strides; the mask says which prefix counts, and hidden tiles are not read."""
     case = inputs(SPECS["f32_static_bool"], batch=2, length=512, new=2)
     k, v = (torch.randn(512, 2, 2, 64).permute(1, 2, 0, 3) for _ in range(2))
     mask = torch.zeros(2, 1, 2, 512, dtype=torch.bool)

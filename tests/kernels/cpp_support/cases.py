@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1.6e-2, "float16": 2e-3}
 
 
-def spec(dtype: str, head_dim: int, group: int, keys: str = "dense", values: str = "dense", **changes: Any) -> AttentionSpec:
+def spec(
+    dtype: str, head_dim: int, group: int, keys: str = "dense", values: str = "dense", **changes: Any
+) -> AttentionSpec:
     """A decode spec with the usual scale and the int8 axes that the kernels expect."""
     formats = KVFormat(keys, dtype, head_dim, "channel"), KVFormat(values, dtype, head_dim, "token")  # type: ignore[arg-type]
     return AttentionSpec("decode", head_dim, group, dtype, *formats, scale=head_dim**-0.5, **changes)
@@ -76,7 +78,9 @@ def poisoned(fmt: KVFormat, batch: int, heads: int, capacity: int) -> Tensor:
     return buf.fill_(255 if buf.dtype == torch.uint8 else torch.nan)
 
 
-def inputs(case: AttentionSpec, batch: int = 1, heads: int = 2, length: int = 42, new: int = 1, seed: int = 0) -> Inputs:
+def inputs(
+    case: AttentionSpec, batch: int = 1, heads: int = 2, length: int = 42, new: int = 1, seed: int = 0
+) -> Inputs:
     """Random inputs: transposed q, k_new and v_new, as models pass them, and buffers with NaN beyond the end."""
     torch.manual_seed(seed)
     dtype, dim = DTYPES[case.dtype], case.head_dim
@@ -118,4 +122,7 @@ def content(fmt: KVFormat, buf: Tensor, stored: int) -> tuple[Tensor, ...]:
     if fmt.kind == "dense":
         return (buf[:, :, :stored],)
     whole = stored // fmt.block
-    return (*(t[:, :, :whole] for t in kv_format.blocks(fmt, buf)), kv_format.tail(fmt, buf)[:, :, : stored % fmt.block])
+    return (
+        *(t[:, :, :whole] for t in kv_format.blocks(fmt, buf)),
+        kv_format.tail(fmt, buf)[:, :, : stored % fmt.block],
+    )
