@@ -63,6 +63,19 @@ class LogicalKV(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
 
+    def __getitem__(self, index: Any) -> Any:
+        # A slice made by the dispatcher would be an autograd view of this tensor, and Dynamo cannot take views of
+        # wrapper subclasses as inputs: cropping (assisted generation) is done here, on a level above.
+        parts = index if isinstance(index, tuple) else (index,)
+        if self.physical is not None and parts and parts[0] is Ellipsis:
+            parts = (slice(None),) * (self.dim() - len(parts) + 1) + parts[1:]
+        whole = [isinstance(part, slice) and part == slice(None) for part in parts]
+        if self.physical is not None and len(parts) > 2 and all(whole[:2] + whole[3:]) and isinstance(parts[2], slice):
+            cropped = _slice(self, 2, parts[2].start, parts[2].stop, parts[2].step or 1)
+            if cropped is not NotImplemented:
+                return cropped
+        return super().__getitem__(index)
+
     def dense(self) -> Tensor:
         """The tokens as a plain tensor ``[B, H_kv, S, D]``; raises ``EvictedTokensError`` when some are gone."""
         if self.physical is None:
