@@ -213,12 +213,6 @@ def _index(kv: LogicalKV, indices: list[Tensor | None]) -> Any:
     return _take_rows(kv, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
 
 
-def _repeat_rows(kv: LogicalKV, repeats: Any, dim: int | None = None, **_: Any) -> Any:
-    if dim != 0:
-        return NotImplemented
-    return _take_rows(kv, torch.arange(kv.shape[0], device=kv.device).repeat_interleave(repeats))
-
-
 def _clone(kv: LogicalKV, **_: Any) -> LogicalKV:
     storage = kv.physical
     assert storage is not None
@@ -252,7 +246,6 @@ _LAYOUT_KEEPING: dict[Any, Callable[..., Any]] = {
     aten.slice.Tensor: _slice,
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
-    aten.repeat_interleave.self_int: _repeat_rows,
     aten.clone.default: _clone,
     aten.detach.default: _alias,
     aten.alias.default: _alias,
