@@ -45,6 +45,15 @@ def decode_attention(
     return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
 
 
+def prefill_attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a prompt over itself by scaled_dot_product_attention; arguments as in the reference."""
+    if spec.softcap is not None:
+        return reference.prefill_attention(spec, q, k, v, mask)
+    columns = torch.arange(k.shape[2], device=q.device)
+    mask = _combine(mask, reference.visible(spec, columns.expand(q.shape[0], -1), columns, mask), q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
+
+
 def _combine(mask: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or seen is None:
         return seen if mask is None else mask

@@ -15,7 +15,7 @@ _SCHEMAS = {
     "attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, Tensor? mask, "
     "Tensor(c!)? positions, str spec) -> Tensor",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
-    "attend_window": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
+    "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
 }
 
@@ -30,9 +30,9 @@ def library() -> torch.library.Library:
     for key in ("CPU", "CUDA"):
         lib.impl("attend", _attend, key)
         lib.impl("attend_static", _attend_static, key)
-        lib.impl("attend_window", _attend_window, key)
+        lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
-    for name in ("attend", "attend_static", "attend_window"):
+    for name in ("attend", "attend_static", "attend_prompt"):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     return lib
@@ -59,7 +59,7 @@ def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: s
     return run(q, None, None, k, v, torch.tensor([0, slots, slots - rows]), mask, None)
 
 
-def _attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
+def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
     run = registry.prefill_attention(AttentionSpec.from_key(spec), q.device.type).run
     return run(q, k, v, mask)
 

@@ -8,8 +8,8 @@ from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
-from . import composed, reference
-from .spec import AttentionSpec, LinearSpec
+from . import composed, kv_format, reference
+from .spec import AttentionSpec, KVFormat, LinearSpec
 
 # Above this many new tokens dense GEMM kernels beat one-row kernels, which read the cache once per row.
 MAX_KERNEL_ROWS = 8
@@ -36,12 +36,12 @@ def decode_attention(spec: AttentionSpec, device: str) -> Choice:
 
 @lru_cache(maxsize=4096)
 def prefill_attention(spec: AttentionSpec, device: str) -> Choice:
-    """The implementation of windowed attention of a prompt over itself."""
+    """The implementation of attention of a prompt over itself."""
     module = _attention_module(device, "prefill")
     reason = module.supports(spec) if module else f"no generated kernels for device {device}"
     if reason is None:
         return Choice(_name(device), module.prefill_attention(spec))
-    return Choice("reference", partial(reference.prefill_attention, spec), reason)
+    return Choice("composed", partial(composed.prefill_attention, spec), reason)
 
 
 @lru_cache(maxsize=256)
@@ -56,6 +56,19 @@ def linear(spec: LinearSpec, device: str) -> Choice:
     else:
         reason = f"no generated kernels for device {device}"
     return Choice("reference", reference.linear, reason)
+
+
+@lru_cache(maxsize=256)
+def append(fmt: KVFormat, device: str) -> Choice:
+    """The implementation of storing a whole prompt in a KV format."""
+    reason: str | None = f"no generated kernels for device {device}"
+    if device == "cpu":
+        from .cpp import append as module
+
+        reason = module.supports(fmt)
+        if reason is None:
+            return Choice("cpp", module.append(fmt))
+    return Choice("reference", partial(kv_format.append, fmt), reason)
 
 
 def attend(spec: AttentionSpec, device: str, rows: int) -> Callable[..., Any]:

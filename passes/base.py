@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.fx import Graph, Node
 
-from torchaccel.graph.anatomy import Anatomy, AttentionSite
+from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -124,6 +124,10 @@ class RewriteContext:
     def plan(self, site: AttentionSite) -> SitePlan:
         """The plan of a site (made on first use)."""
         return self.plans.setdefault(site.index, SitePlan())
+
+    def refresh(self) -> None:
+        """Analyse the graph anew after a rewrite that keeps every attention site but changes what they read."""
+        self.anatomy = analyze(self.graph)
 
 
 class Pass:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from torchaccel.errors import DeclinedError
-from torchaccel.graph.anatomy import Anatomy, analyze
+from torchaccel.graph.anatomy import analyze
 
 from .base import Fidelity, Fuel, Method, Pass, PassResult, RewriteContext, SitePlan, Status
 from .canonicalize.attention import canonicalize_attention
@@ -89,7 +89,7 @@ class PassManager:
         assert isinstance(context.module, GraphModule)
         context.module.graph = before
         context.graph = before
-        context.anatomy = _reanalyze(context)
+        context.refresh()
         # Nodes inside a plan belong to the discarded graph; the same names stand in the restored one.
         by_name = {node.name: node for node in before.nodes}
         for plan in plans.values():
@@ -99,9 +99,3 @@ class PassManager:
 
 def _plan_values(plans: dict[int, SitePlan]) -> dict[int, SitePlan]:
     return {index: SitePlan(p.window, p.sinks, p.format, p.keep, p.dropped) for index, p in plans.items()}
-
-
-def _reanalyze(context: RewriteContext) -> Anatomy:
-    module = context.module
-    assert isinstance(module, GraphModule)
-    return analyze(module)

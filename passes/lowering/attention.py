@@ -69,10 +69,12 @@ class AttentionLowering:
             plan = self.context.plan(site)
             kind = site.key_cache.kind
             problem = self._problem(site)
-            if kind == "none" or kind == "cross":
+            if kind in ("cross", "unknown"):
                 continue
             if problem is not None:
                 self.declines.append(problem)
+            elif kind == "none":
+                self._lower_prompt(site, plan)
             elif kind == "static":
                 self._lower_static(site, plan)
             elif site.key_cache.past is None:
@@ -126,8 +128,7 @@ class AttentionLowering:
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
         if _hint(_fake(site.q).shape[2]) != 1 or site.mask is None:
-            if plan.window is not None:
-                self._lower_window(site, plan)
+            self._lower_prompt(site, plan)
             return
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         # The mask alone says what is visible: slots that were never written are masked, and skipped unread.
@@ -135,17 +136,21 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_static.default, (site.q, site.k, site.v, site.mask, spec.key()))
         self._note(site, registry.decode_attention(spec, self.context.device.type), "static", plan)
 
-    def _lower_window(self, site: AttentionSite, plan: SitePlan) -> None:
+    def _lower_prompt(self, site: AttentionSite, plan: SitePlan) -> None:
+        """Attention of a prompt over itself: the generated kernel where it wins, stock sdpa elsewhere."""
+        device = self.context.device.type
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         spec = self._spec(site, plan, "prefill", dense, dense)
-        self._replace(site, torch.ops.torchaccel.attend_window.default, (site.q, site.k, site.v, site.mask, spec.key()))
-        self._note(site, registry.prefill_attention(spec, self.context.device.type), "fresh", plan)
+        choice = registry.prefill_attention(spec, device)
+        # Dense prompts: ours is 2-5x stock sdpa on the CPU from 128 tokens on; on a GPU stock flash kernels win.
+        if plan.window is None and (device != "cpu" or choice.reason is not None):
+            self.sites.append(LoweredSite(site.name, "stock sdpa", "none"))
+            return
+        self._replace(site, torch.ops.torchaccel.attend_prompt.default, (site.q, site.k, site.v, site.mask, spec.key()))
+        self._note(site, choice, "none", plan)
 
     def _lower_prefill(self, site: AttentionSite, plan: SitePlan) -> None:
-        if plan.window is not None:
-            self._lower_window(site, plan)
-        else:
-            self.sites.append(LoweredSite(site.name, "stock sdpa", "fresh"))
+        self._lower_prompt(site, plan)
         stored = site.key_cache.stored, site.value_cache.stored
         if stored[0] is None or stored[1] is None:
             return

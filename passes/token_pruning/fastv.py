@@ -92,6 +92,7 @@ class FastV(Method):
         sites = [entry.attention for entry in anatomy.layers[layer:] if entry.attention is not None]
         for site in sites:
             context.plan(site).keep = keep
+        context.refresh()
         return self.result([site.name for site in sites], [], f"keeps {self.options.keep:.0%} after layer {layer - 1}")
 
     def _insert_ranking(self, context: RewriteContext, site: AttentionSite) -> Node:

@@ -66,3 +66,12 @@ def test_real_parameters_all_fire_and_free_what_they_promise(families):
     assert got.sequences.shape == exact.sequences.shape
     if not families:
         assert torch.equal(got.sequences, exact.sequences)
+
+
+def test_a_neutral_window_changes_nothing_behind_token_pruning():
+    """Later passes must see what the earlier ones made of the graph: the pruned mask, not the captured one."""
+    inputs = prompt(2, 60, padding=(0, 20))
+    pruning = {"token_pruning": REAL["token_pruning"]}
+    _, pruned = compiled("llama", layers=4, options=pruning)
+    _, both = compiled("llama", layers=4, options={**pruning, "sparse_attention": NEUTRAL["sparse_attention"]})
+    assert torch.equal(greedy(both, inputs, 12), greedy(pruned, inputs, 12))

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
+from torchaccel.kernels import kv_format
+from torchaccel.kernels.spec import KVFormat
 
 import torchaccel
 from torchaccel.errors import EvictedTokensError
-from torchaccel.kernels import kv_format
-from torchaccel.kernels.spec import KVFormat
 from torchaccel.runtime.compiled_graph import writable_pair
 from torchaccel.runtime.kv import LogicalKV, compress, view, writable
 from torchaccel.runtime.storage import Layout, grown

