@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +23,14 @@ def compile(model: Model, **options: Any) -> Model:
     names or impossible values, before anything is compiled.
     """
     resolve(options)
-    model.compile(backend="torchaccel", options=options)
+    model.compile(backend="torchaccel", options=options, **_isolation())
     return model
+
+
+def _isolation() -> dict[str, bool]:
+    # Dynamo counts the graphs of all models of a class towards one limit of 8, and runs eagerly beyond it, unless
+    # each compilation is isolated (torch 2.13; earlier versions do not know the argument).
+    return {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def report(model: torch.nn.Module) -> Report:

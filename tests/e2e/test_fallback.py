@@ -1,5 +1,6 @@
 """Whatever cannot be accelerated runs exactly, or fails with an error the user can act on; never a crash."""
 
+import inspect
 import subprocess
 import sys
 import warnings
@@ -109,6 +110,17 @@ def test_two_compilations_do_not_know_of_each_other():
     assert torch.equal(greedy(exact, inputs, 16), greedy(eager, inputs, 16))
     assert not torch.equal(sparse, greedy(eager, inputs, 16))
     assert torchaccel.report(exact).requested == {} and "streaming_llm" in torchaccel.report(lossy).effective
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="this torch shares the limit"
+)
+def test_many_models_of_one_class_do_not_exhaust_the_limit_of_recompiles():
+    inputs = prompt(1, 9)
+    for number in range(5):
+        eager, fast = compiled("llama", layers=1, seed=number)
+        assert torch.equal(greedy(fast, inputs, 4), greedy(eager, inputs, 4))
+        assert torchaccel.report(fast).graphs == 2 and torchaccel.report(fast).records[-1].counter.calls == 3
 
 
 def test_fuel_applies_only_the_first_rewrites(monkeypatch):
