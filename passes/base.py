@@ -37,6 +37,7 @@ class Reason(Enum):
 
     NOT_CAUSAL = "the attention is not causal self-attention over a cache"
     SLIDING_WINDOW = "the layer already attends to a sliding window"
+    STATIC_CACHE = "the cache is a static buffer, in which only the mask knows where the tokens end"
     ALL_LOGITS = "the graph returns logits of every position, so no token may be dropped"
     TOO_FEW_LAYERS = "the model has too few layers for this setting"
     NO_LAYERS = "no residual layers were found in the graph"

@@ -128,7 +128,7 @@ class AttentionLowering:
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
         if _hint(_fake(site.q).shape[2]) != 1 or site.mask is None:
-            self._lower_prompt(site, plan)
+            self.sites.append(LoweredSite(site.name, "stock sdpa", "static"))
             return
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         # The mask alone says what is visible: slots that were never written are masked, and skipped unread.

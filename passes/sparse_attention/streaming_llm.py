@@ -35,7 +35,9 @@ class StreamingLLM(Method):
         done, declines = [], []
         for site in context.anatomy.attentions:
             kind = site.key_cache.kind
-            if kind not in ("fresh", "concatenated", "sliced", "static"):
+            if kind == "static":
+                declines.append(Decline(site.name, Reason.STATIC_CACHE))
+            elif kind not in ("fresh", "concatenated", "sliced"):
                 declines.append(Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}"))
             elif kind == "sliced" or site.key_cache.window is not None:
                 declines.append(Decline(site.name, Reason.SLIDING_WINDOW))

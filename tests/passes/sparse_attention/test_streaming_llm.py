@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
@@ -66,6 +66,15 @@ def test_sliding_window_layers_are_left_alone_and_say_so():
     inputs = prompt(1, 12)
     with pytest.warns(UserWarning, match="streaming_llm left 3 site.*already attends to a sliding window"):
         got = greedy(fast, inputs, 8)
+    assert torch.equal(got, greedy(eager, inputs, 8))
+
+
+def test_static_caches_are_left_alone_and_say_so():
+    eager, fast = compiled("llama", options=OPTIONS)
+    inputs = prompt(1, 12)
+    cache = StaticCache(config=fast.config, max_cache_len=32)
+    with pytest.warns(UserWarning, match=r"streaming_llm left 3 site.*static buffer"):
+        got = greedy(fast, inputs, 8, past_key_values=cache, disable_compile=True)
     assert torch.equal(got, greedy(eager, inputs, 8))
 
 
