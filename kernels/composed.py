@@ -36,10 +36,11 @@ def decode_attention(
     else:
         positions[:, end : end + n] = queries.to(positions.dtype)
         columns = positions[:, start : end + n].long()
-        if mask is not None:
-            wide = columns[:, None, None, :].expand(-1, mask.shape[1], n, -1)
-            mask = mask.expand(q.shape[0], -1, -1, -1).gather(3, wide)
+    # Before the mask is brought into slot order: sinks are counted in its columns.
     seen = reference.visible(spec, columns, queries, mask)
+    if positions is not None and mask is not None:
+        wide = columns[:, None, None, :].expand(-1, mask.shape[1], n, -1)
+        mask = mask.expand(q.shape[0], -1, -1, -1).gather(3, wide)
     mask = _combine(mask, seen, q.dtype)
     # The operator promises a contiguous result; sdpa's has the layout its kernel liked.
     return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
