@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.fx import Graph, GraphModule
 
-from torchaccel.errors import DeclinedError
+from torchaccel.errors import DeclinedError, OptionsError
 from torchaccel.graph.anatomy import analyze
 
 from .base import Fidelity, Fuel, Method, Pass, PassResult, RewriteContext, SitePlan, Status
@@ -27,6 +27,8 @@ class PassManager:
         self.methods = list(methods)
         self.strict = strict
         fuel = os.environ.get("TORCHACCEL_FUEL")
+        if fuel and not fuel.isdecimal():
+            raise OptionsError(f"TORCHACCEL_FUEL must be the number of rewrites to apply; found {fuel!r}")
         self.fuel = Fuel(int(fuel) if fuel else None)
         self.dump_folder = os.environ.get("TORCHACCEL_DUMP")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torchaccel.errors import OptionsError
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
@@ -56,6 +57,8 @@ class Backend:
         if record.declined is None:
             try:
                 compiled = self._accelerate(gm, inputs, resolved, record, compile_rest)
+            except OptionsError:
+                raise
             except Exception as error:
                 if resolved.strict:
                     raise

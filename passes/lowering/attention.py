@@ -141,9 +141,9 @@ class AttentionLowering:
         device = self.context.device.type
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         spec = self._spec(site, plan, "prefill", dense, dense)
-        choice = registry.prefill_attention(spec, device)
         # Dense prompts: ours is 2-5x stock sdpa on the CPU from 128 tokens on; on a GPU stock flash kernels win.
-        if plan.window is None and (device != "cpu" or choice.reason is not None):
+        choice = registry.prefill_attention(spec, device) if device == "cpu" or plan.window is not None else None
+        if choice is None or (plan.window is None and choice.reason is not None):
             self.sites.append(LoweredSite(site.name, "stock sdpa", "none"))
             return
         self._replace(site, torch.ops.torchaccel.attend_prompt.default, (site.q, site.k, site.v, site.mask, spec.key()))

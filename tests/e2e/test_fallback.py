@@ -131,6 +131,13 @@ def test_fuel_applies_only_the_first_rewrites(monkeypatch):
     assert torchaccel.report(fast).effective == {"int8": {"prefill": 2}}
 
 
+def test_fuel_must_be_a_number(monkeypatch):
+    monkeypatch.setenv("TORCHACCEL_FUEL", "some")
+    _, fast = compiled("llama", layers=1)
+    with pytest.raises(Exception, match="TORCHACCEL_FUEL must be the number of rewrites.*'some'"), torch.no_grad():
+        fast(prompt(1, 4)["input_ids"])
+
+
 def test_dump_writes_the_graph_before_and_after_each_pass(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHACCEL_DUMP", str(tmp_path))
     _, fast = compiled("llama", options={"kv_compression": "int8"})
