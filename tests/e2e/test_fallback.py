@@ -134,7 +134,7 @@ def test_fuel_applies_only_the_first_rewrites(monkeypatch):
 def test_fuel_must_be_a_number(monkeypatch):
     monkeypatch.setenv("TORCHACCEL_FUEL", "some")
     _, fast = compiled("llama", layers=1)
-    with pytest.raises(Exception, match="TORCHACCEL_FUEL must be the number of rewrites.*'some'"), torch.no_grad():
+    with pytest.raises(Exception, match=r"TORCHACCEL_FUEL must be the number of rewrites.*'some'"), torch.no_grad():
         fast(prompt(1, 4)["input_ids"])
 
 
