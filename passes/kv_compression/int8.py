@@ -27,7 +27,9 @@ class Int8(Method):
     def apply(self, context: RewriteContext) -> PassResult:
         done, declines = [], []
         for site in context.anatomy.attentions:
-            if site.key_cache.kind not in ("fresh", "concatenated", "sliced"):
+            if site.key_cache.kind == "static":
+                declines.append(Decline(site.name, Reason.STATIC_CACHE))
+            elif site.key_cache.kind not in ("fresh", "concatenated", "sliced"):
                 declines.append(Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {site.key_cache.kind}"))
             elif site.head_dim % 8:
                 declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, f"head_dim {site.head_dim} % 8 != 0"))
