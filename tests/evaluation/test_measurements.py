@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchaccel.evaluation.fidelity import compare_logits, equal_share, greedy_prefix
-from torchaccel.evaluation.machine import measure_machine, versions
+from torchaccel.evaluation.machine import ReadProbe, measure_machine, versions
 from torchaccel.evaluation.memory import transient_peak
 
 CPU = torch.device("cpu")
@@ -42,6 +42,11 @@ def test_the_machine_is_measured() -> None:
     assert facts["device"] and facts["cores"] >= 1
     assert min(facts["read_gbs"], facts["copy_gbs"], *facts["gemm_gflops"].values()) > 0
     assert set(facts["gemm_gflops"]) == {"float32", "bfloat16"}
+
+
+def test_the_probe_reads_all_of_its_memory() -> None:
+    assert ReadProbe(CPU, 8).size == 8 * 2**20
+    assert ReadProbe(CPU, 8).gbs() > 0
 
 
 def test_versions_name_everything_the_document_wants() -> None:

@@ -74,7 +74,7 @@ def open_session(case: Case, setup: Setup, progress: Progress | None = None) -> 
     loaded = load_model(setup.model, dtype=resolve_dtype(setup.dtype), device=str(device))
     machine = measure_machine(device, megabytes=setup.probe_megabytes, gemm_size=setup.probe_gemm)
     caches = "cold" if setup.cold else "warm"
-    return Session(loaded, machine, case, device, caches, progress or Silent(), watch)
+    return Session(loaded, machine, case, device, caches, setup.probe_megabytes, progress or Silent(), watch)
 
 
 def session_document(session: Session, results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]:

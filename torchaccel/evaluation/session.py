@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from .arms import Arm
-from .machine import Machine
+from .machine import Machine, ReadProbe
 from .models import LoadedModel, ModelFacts, model_facts
 from .results import Result
 from .roofline import Work
@@ -75,6 +76,7 @@ class Session:
     case: Case
     device: torch.device
     caches: str = "cold"
+    probe_megabytes: int = 512
     progress: Progress = field(default_factory=Silent)
     watch: LoadWatch = field(default_factory=LoadWatch)
 
@@ -113,11 +115,20 @@ class Session:
                 arms[label].result.fail(error)
 
     def race(self, arms: Mapping[str, Arm], calls: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-        """Time ``calls`` interleaved for ``case.rounds`` rounds and note median and ratios in the arms' results."""
+        """Time ``calls`` interleaved for ``case.rounds`` rounds and note median and ratios in the arms' results.
+
+        The machine's read bandwidth becomes the median over the same rounds: floors are held against medians.
+        """
+        probe = ReadProbe(self.device, self.probe_megabytes)
+        bandwidths: list[float] = []
+
+        def on_round() -> None:
+            bandwidths.append(probe.gbs())
+            self.progress.advance("timing all variants, interleaved")
+
         with self.watch.watching():
-            samples, failures = interleave(
-                calls, self.case.rounds, lambda: self.progress.advance("timing all variants, interleaved")
-            )
+            samples, failures = interleave(calls, self.case.rounds, on_round)
+        self.machine = replace(self.machine, read_gbs=statistics.median(bandwidths))
         for label, error in failures.items():
             arms[label].result.fail(error)
         for label, values in samples.items():
