@@ -14,7 +14,7 @@ from .tiny import save_tiny_model
 
 
 def torchaccel(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from torchaccel.cli import app; app()", *arguments]
+    command = [sys.executable, "-c", "from torchaccel.cli.app import app; app()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -1,0 +1,19 @@
+"""The ``torchaccel`` command."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench import bench
+from .demo import demo
+from .info import info
+from .methods import methods
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A torch.compile backend for long-context transformers: demonstration, benchmarks, methods.",
+)
+app.add_typer(bench, name="bench")
+for command in (demo, methods, info):
+    app.command()(command)
