@@ -87,11 +87,11 @@ def _bench(
     options: list[str] | None,
     json_out: str | None,
 ) -> None:
-    from .evaluation.bench import Setup, default_variants, run_bench
-    from .evaluation.results import exit_code
-    from .evaluation.session import Case
-    from .evaluation.tables import notes, results_table
-    from .evaluation.variants import parse_baselines, parse_options
+    from ..evaluation.bench import Setup, default_variants, run_bench
+    from ..evaluation.results import exit_code
+    from ..evaluation.session import Case
+    from ..evaluation.tables import notes, results_table
+    from ..evaluation.variants import parse_baselines, parse_options
 
     with streams(json_out) as (stdout, console):
         with usage_errors(console):

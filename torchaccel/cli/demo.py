@@ -23,10 +23,10 @@ def demo(
     cold: Cold = False,
 ) -> None:
     """The embedded model answers a question in eager, Inductor and torchaccel, exact and lossy; takes minutes."""
-    from .evaluation.bench import Setup
-    from .evaluation.demo import answer_text, run_demo
-    from .evaluation.session import Case
-    from .evaluation.tables import notes
+    from ..evaluation.bench import Setup
+    from ..evaluation.demo import answer_text, run_demo
+    from ..evaluation.session import Case
+    from ..evaluation.tables import notes
 
     with streams(json_out) as (stdout, console), usage_errors(console), progress_bar(console) as progress:
         case = Case("generate", context, 1, new_tokens, rounds=calls, warmup=1, recall_questions=recall)

@@ -17,7 +17,7 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
     """The methods there are, and what each needs."""
-    from .methods import FAMILIES, list_methods
+    from ..methods import FAMILIES, list_methods
 
     if family is not None and family not in FAMILIES:
         refuse(Console(stderr=True), f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
