@@ -39,6 +39,7 @@ class Reason(Enum):
     SLIDING_WINDOW = "the layer already attends to a sliding window"
     STATIC_CACHE = "the cache is a static buffer, in which only the mask knows where the tokens end"
     ALL_LOGITS = "the graph returns logits of every position, so no token may be dropped"
+    NO_SUCH_LAYER = "the option layers names a layer that the model does not have"
     TOO_FEW_LAYERS = "the model has too few layers for this setting"
     NO_LAYERS = "no residual layers were found in the graph"
     OPAQUE_SEQUENCE = "the sequence dimension could not be followed through the graph"

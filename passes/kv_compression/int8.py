@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from ..base import Decline, Fidelity, Method, MethodOptions, PassResult, Reason, RewriteContext
+from torchaccel.graph.anatomy import AttentionSite
+
+from ..base import Decline, Fidelity, Reason, SitePlan
+from ..layerwise import LayerwiseMethod, LayerwiseOptions
 
 
-class Int8Options(MethodOptions):
-    """int8 has no parameters: 8 bits, asymmetric, float16 scale and minimum per group."""
+class Int8Options(LayerwiseOptions):
+    """int8 has no parameters of its own: 8 bits, asymmetric, float16 scale and minimum per group."""
 
 
-class Int8(Method):
+class Int8(LayerwiseMethod):
     """Stores every cached token in 8 bits; prefill attends in full precision and quantises afterwards.
 
     Keys have a few large channels, so their groups run along 64 tokens of one channel; values have none, so theirs run
@@ -24,16 +27,14 @@ class Int8(Method):
     paper = "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (2024), at 8 bits"
     Options = Int8Options
 
-    def apply(self, context: RewriteContext) -> PassResult:
-        done, declines = [], []
-        for site in context.anatomy.attentions:
-            if site.key_cache.kind == "static":
-                declines.append(Decline(site.name, Reason.STATIC_CACHE))
-            elif site.key_cache.kind not in ("fresh", "concatenated", "sliced"):
-                declines.append(Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {site.key_cache.kind}"))
-            elif site.head_dim % 8:
-                declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, f"head_dim {site.head_dim} % 8 != 0"))
-            elif context.fuel.take():
-                context.plan(site).format = "int8"
-                done.append(site.name)
-        return self.result(done, declines)
+    def refuse(self, site: AttentionSite) -> Decline | None:
+        if site.key_cache.kind == "static":
+            return Decline(site.name, Reason.STATIC_CACHE)
+        if site.key_cache.kind not in ("fresh", "concatenated", "sliced"):
+            return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {site.key_cache.kind}")
+        if site.head_dim % 8:
+            return Decline(site.name, Reason.KERNEL_UNSUPPORTED, f"head_dim {site.head_dim} % 8 != 0")
+        return None
+
+    def treat(self, plan: SitePlan) -> None:
+        plan.format = "int8"

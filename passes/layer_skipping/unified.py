@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..base import Decline, Fidelity, Method, MethodOptions, PassResult, Reason, RewriteContext
+from ..base import Decline, Fidelity, Method, PassResult, Reason, RewriteContext
+from ..layerwise import LayerwiseOptions
 
 
-class UnifiedOptions(MethodOptions):
-    """target_speedup: layers divided by executed layers in decode, at least 1 (1 executes all of them)."""
+class UnifiedOptions(LayerwiseOptions):
+    """target_speedup: layers divided by executed layers in decode, at least 1 (1 executes all of them).
+
+    With ``layers`` only those of the skipped layers are skipped that it names.
+    """
 
     target_speedup: float = Field(default=1.3, ge=1.0, le=64.0, allow_inf_nan=False)
 
@@ -51,8 +55,11 @@ class Unified(Method):
             return self.result([], [Decline("graph", Reason.NO_LAYERS)])
         try:
             executed = set(executed_layers(len(layers), self.options.target_speedup))
+            executed |= set(range(len(layers))) - self.options.select(len(layers))
         except ValueError as error:
             return self.result([], [Decline("graph", Reason.TOO_FEW_LAYERS, str(error))])
+        except IndexError as error:
+            return self.result([], [Decline("graph", Reason.NO_SUCH_LAYER, str(error))])
         done: list[str] = []
         # From the top: the input of a skipped layer may be the output of another one.
         for layer in reversed(layers):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..base import Decline, Fidelity, Method, MethodOptions, PassResult, Reason, RewriteContext
+from torchaccel.graph.anatomy import AttentionSite
+
+from ..base import Decline, Fidelity, Reason, SitePlan
+from ..layerwise import LayerwiseMethod, LayerwiseOptions
 
 
-class StreamingLLMOptions(MethodOptions):
+class StreamingLLMOptions(LayerwiseOptions):
     """sinks: first real tokens of a row that stay visible. window: recent tokens visible, the query's own included."""
 
     sinks: int = Field(default=4, ge=0, le=4096)
     window: int = Field(default=1024, ge=1)
 
 
-class StreamingLLM(Method):
+class StreamingLLM(LayerwiseMethod):
     """Restricts causal attention to sinks and window in prefill, extend and decode; positions stay absolute.
 
     Only those keys are read: time and traffic stop growing with the context. The cache keeps every token, so the
@@ -31,18 +34,15 @@ class StreamingLLM(Method):
 
     options: StreamingLLMOptions
 
-    def apply(self, context: RewriteContext) -> PassResult:
-        done, declines = [], []
-        for site in context.anatomy.attentions:
-            kind = site.key_cache.kind
-            if kind == "static":
-                declines.append(Decline(site.name, Reason.STATIC_CACHE))
-            elif kind not in ("fresh", "concatenated", "sliced"):
-                declines.append(Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}"))
-            elif kind == "sliced" or site.key_cache.window is not None:
-                declines.append(Decline(site.name, Reason.SLIDING_WINDOW))
-            elif context.fuel.take():
-                plan = context.plan(site)
-                plan.window, plan.sinks = self.options.window, self.options.sinks
-                done.append(site.name)
-        return self.result(done, declines)
+    def refuse(self, site: AttentionSite) -> Decline | None:
+        kind = site.key_cache.kind
+        if kind == "static":
+            return Decline(site.name, Reason.STATIC_CACHE)
+        if kind not in ("fresh", "concatenated", "sliced"):
+            return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}")
+        if kind == "sliced" or site.key_cache.window is not None:
+            return Decline(site.name, Reason.SLIDING_WINDOW)
+        return None
+
+    def treat(self, plan: SitePlan) -> None:
+        plan.window, plan.sinks = self.options.window, self.options.sinks

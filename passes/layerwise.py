@@ -1,0 +1,62 @@
+"""Methods that treat each attention site by itself, and so can be kept to some of the layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from torchaccel.graph.anatomy import AttentionSite
+
+from .base import Decline, Method, MethodOptions, PassResult, Reason, RewriteContext, SitePlan
+
+
+class LayerwiseOptions(MethodOptions):
+    """layers: the layers the method treats, negative ones counted from the last; None for all of them."""
+
+    layers: tuple[int, ...] | None = Field(default=None)
+
+    def select(self, count: int) -> set[int]:
+        """Indices of the layers to treat in a model of ``count``; raises ``IndexError`` for one that does not exist."""
+        if self.layers is None:
+            return set(range(count))
+        for layer in self.layers:
+            if not -count <= layer < count:
+                raise IndexError(f"layer {layer} of {count}")
+        return {layer % count for layer in self.layers}
+
+
+class LayerwiseMethod(Method):
+    """Subclasses say which sites they refuse, and what becomes of the others."""
+
+    Options: ClassVar[type[LayerwiseOptions]]
+
+    options: LayerwiseOptions
+
+    def apply(self, context: RewriteContext) -> PassResult:
+        """Treat every attention site of the chosen layers."""
+        sites = context.anatomy.attentions
+        try:
+            chosen = self.options.select(len(context.anatomy.layers) or len(sites))
+        except IndexError as error:
+            return self.result([], [Decline("graph", Reason.NO_SUCH_LAYER, str(error))])
+        done: list[str] = []
+        declines: list[Decline] = []
+        for site in sites:
+            if (site.index if site.layer is None else site.layer) not in chosen:
+                continue
+            decline = self.refuse(site)
+            if decline is not None:
+                declines.append(decline)
+            elif context.fuel.take():
+                self.treat(context.plan(site))
+                done.append(site.name)
+        return self.result(done, declines)
+
+    def refuse(self, site: AttentionSite) -> Decline | None:
+        """Why ``site`` must stay as it is, or None when it can be treated."""
+        raise NotImplementedError
+
+    def treat(self, plan: SitePlan) -> None:
+        """Note in ``plan`` what becomes of its site."""
+        raise NotImplementedError
