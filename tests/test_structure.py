@@ -91,10 +91,11 @@ def test_imports_point_one_way(layer: str) -> None:
 
 
 def test_nothing_imports_the_command_line_or_the_evaluation() -> None:
+    # But for the package itself, which offers torchaccel.evaluate and imports it on first use.
     wrong = [
         f"{name} imports {target}"
         for name, path in MODULES.items()
-        if not any(within(name, top) for top in TOP)
+        if name != "torchaccel" and not any(within(name, top) for top in TOP)
         for target in imports(name, path)
         if any(within(target, top) for top in TOP)
     ]

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchaccel.api import compile, explain, report
+    from torchaccel.evaluation.evaluation import evaluate
     from torchaccel.runtime.kv import kv_bytes, to_dense
 
-__all__ = ["compile", "explain", "kv_bytes", "report", "to_dense"]
+__all__ = ["compile", "evaluate", "explain", "kv_bytes", "report", "to_dense"]
 __version__ = "0.1.0"
 
 
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from torchaccel import api
 
         return getattr(api, name)
+    if name == "evaluate":
+        from torchaccel.evaluation.evaluation import evaluate
+
+        return evaluate
     if name in ("kv_bytes", "to_dense"):
         from torchaccel.runtime import kv
 

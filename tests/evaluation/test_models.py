@@ -28,7 +28,7 @@ def test_a_folder_is_loaded_in_the_asked_dtype(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"neither demo nor llama-110m.*config\.json"):
+    with pytest.raises(ValueError, match=r"none of demo, llama-110m and minilm.*config\.json"):
         load_model("no-such-model")
 
 

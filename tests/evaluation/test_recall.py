@@ -30,7 +30,7 @@ def test_questions_are_reproducible(demo: LoadedModel) -> None:
 
 
 def test_too_short_a_prompt_is_an_error_that_says_how_long_it_must_be(demo: LoadedModel) -> None:
-    with pytest.raises(ValueError, match=r"eight_facts question needs .* tokens and 40 were allowed"):
+    with pytest.raises(ValueError, match=r"question of eight_facts needs .* tokens and 40 were allowed"):
         make_question(demo.tokenizer, TASKS[1], 40, random.Random(0))
 
 

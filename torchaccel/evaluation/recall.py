@@ -41,6 +41,11 @@ class Question:
 
     tokens: list[int]
     answer: str
+    new_tokens: int = ANSWER_TOKENS
+
+    def score(self, tokenizer: Any, tokens: list[int]) -> float:
+        """1 when ``tokens`` begin with the answer, else 0."""
+        return float(is_right(tokenizer, tokens, self.answer))
 
 
 def fact(name: str, thing: str | None) -> str:
@@ -48,10 +53,11 @@ def fact(name: str, thing: str | None) -> str:
     return f" {name} is number" if thing is None else f" The {thing} of {name} is"
 
 
-def make_question(tokenizer: Any, task: Task, length: int, rng: random.Random) -> Question:
+def make_question(tokenizer: Any, task: Task, length: int, rng: random.Random, depth: float | None = None) -> Question:
     """A prompt of ``length`` tokens: the excerpt with the facts at random places, then one fact up to its value.
 
-    Raises ``ValueError`` when ``length`` leaves no room for the facts.
+    depth: where the fact that is asked for stands, from 0 (the beginning) to 1 (the end of the text); anywhere for
+    None. Raises ``ValueError`` when ``length`` leaves no room for the facts.
     """
     subjects = rng.sample(_subjects(task), task.facts)
     values = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in subjects]
@@ -61,15 +67,22 @@ def make_question(tokenizer: Any, task: Task, length: int, rng: random.Random) -
     room = length - sum(map(len, told)) - len(question)
     if room < 0:
         raise ValueError(
-            f"a {task.name} question needs {length - room} tokens and {length} were allowed; use a longer context"
+            f"a question of {task.name} needs {length - room} tokens and {length} were allowed; use a longer context"
         )
-    filler = excerpt_tokens(tokenizer, room)
+    places = [rng.randint(0, room) for _ in told]
+    if depth is not None:
+        places[asked] = round(depth * room)
+    return Question(insert(excerpt_tokens(tokenizer, room), told, places) + question, values[asked])
+
+
+def insert(text: list[int], pieces: list[list[int]], places: list[int]) -> list[int]:
+    """``text`` with every piece of tokens put before the token at its place."""
     tokens: list[int] = []
     done = 0
-    for place, words in zip(sorted(rng.randint(0, room) for _ in told), told, strict=True):
-        tokens += filler[done:place] + words
+    for place, piece in sorted(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
+        tokens += text[done:place] + piece
         done = place
-    return Question(tokens + filler[done:] + question, values[asked])
+    return tokens + text[done:]
 
 
 def recall_score(model: Any, tokenizer: Any, task: Task, length: int, questions: int) -> float:

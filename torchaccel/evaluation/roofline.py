@@ -35,11 +35,13 @@ class Work:
 
     @staticmethod
     def of(model: Any, facts: ModelFacts) -> Work | None:
-        """The work of a dense decoder, or None for a model whose every token does not read every weight (experts)."""
+        """The work of a dense decoder; None for experts, of which a token reads a part, and for encoders."""
         config = text_config(model)
         if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None
         # Looking a token up reads one row of the embedding; the head reads all of its matrix, shared with it or not.
+        if model.get_output_embeddings() is None:
+            return None
         head = model.get_output_embeddings().weight
         outside = {id(head), id(model.get_input_embeddings().weight)}
         layers = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside)
@@ -74,6 +76,23 @@ def prefill_floor(work: Work, options: Methods, machine: Machine, *, batch: int,
     return _milliseconds(machine, facts.dtype, facts.weight_bytes, flops)
 
 
+def attention_floor(
+    facts: ModelFacts, options: Methods, machine: Machine, *, batch: int, context: int, decode: bool
+) -> float | None:
+    """Floor of one layer's attention alone in milliseconds; None as for ``decode_floor``."""
+    if not _modelled(options):
+        return None
+    if decode:
+        visible = _visible(context + 1, options)
+        size = facts.kv_heads * visible * _token_bytes(facts, options)
+        pairs = visible
+    else:
+        # Queries, keys and values are read, the result is written.
+        size = 2.0 * (facts.heads + facts.kv_heads) * context * facts.head_dim * DTYPES[facts.dtype].itemsize
+        pairs = visible_pairs(context, options)
+    return _milliseconds(machine, facts.dtype, batch * size, 4.0 * batch * facts.heads * facts.head_dim * pairs)
+
+
 def visible_pairs(tokens: int, options: Methods) -> int:
     """Number of (query, key) pairs that causal attention over ``tokens`` tokens computes."""
     method = options.get("sparse_attention")
@@ -95,7 +114,8 @@ def density(context: int, options: Methods, *, decode: bool) -> float | None:
 
 
 def _modelled(options: Methods) -> bool:
-    return all(options[family]["method"] == KNOWN_METHODS[family] for family in KNOWN_METHODS if family in options)
+    asked = {family: options[family] for family in KNOWN_METHODS if family in options}
+    return all(o["method"] == KNOWN_METHODS[family] and o.get("layers") is None for family, o in asked.items())
 
 
 def _decode_layers(layers: int, options: Methods) -> int:
