@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS := benchmarks/results
+PEERS := build/peers
 WORKERS ?= 2
+CHROMIUM ?= chromium
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench peers report-image clean
 
 setup: $(STAMP)
 
@@ -46,6 +48,28 @@ bench: setup
 		--options '{"sparse_attention": {"method": "streaming_llm", "sinks": 4, "window": 1024}}' \
 		--json $(RESULTS)/prefill-8k.json
 	$(BIN)/torchaccel bench generate --model demo --json $(RESULTS)/generate-demo.json
+
+# What `bench --baselines hf_quantized,kvpress:<press>` needs. kvpress wants a transformers older than ours and lives in
+# an environment of its own; of torchaccel that environment uses the measuring code alone, so it gets no dependencies.
+peers: setup $(PEERS)/kvpress/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt optimum-quanto==0.2.7
+
+$(PEERS)/kvpress/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/kvpress
+	$(PEERS)/kvpress/bin/pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/kvpress/bin/pip install --quiet --constraint constraints.txt kvpress==0.5.5
+	$(PEERS)/kvpress/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# The picture of the README: the head of the report about $(DOCUMENTS), as a browser without a window shows it.
+DOCUMENTS ?= $(wildcard $(RESULTS)/*.json)
+IMAGE ?= docs/report.png
+report-image: setup
+	mkdir -p build
+	$(BIN)/torchaccel report $(DOCUMENTS) --html build/report.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
+		--disable-component-update --disable-sync --user-data-dir=build/chromium --hide-scrollbars \
+		--window-size=1280,1250 --screenshot=$(IMAGE) file://$(CURDIR)/build/report.html
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

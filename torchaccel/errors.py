@@ -17,3 +17,7 @@ class DeclinedError(TorchaccelError, RuntimeError):
 
 class EvictedTokensError(TorchaccelError, RuntimeError):
     """A compressed KV cache was read as if it still held every token."""
+
+
+class PeerError(TorchaccelError, RuntimeError):
+    """A process that runs a baseline in an environment of its own hung, died or answered nonsense."""

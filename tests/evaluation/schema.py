@@ -59,6 +59,7 @@ RESULT = {
     "predicted_ms": OPTIONAL_NUMBER,
     "fidelity": dict,
     "density": OPTIONAL_NUMBER,
+    "details": (dict, type(None)),
 }
 METHOD = {
     "family": str,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
-from torchaccel.evaluation import arms
+from torchaccel.evaluation.baselines.hf_quantized import HFQuantized
+from torchaccel.evaluation.baselines.static import Static
 from torchaccel.evaluation.bench import Setup, run_bench
-from torchaccel.evaluation.results import exit_code
-from torchaccel.evaluation.session import Case
-from torchaccel.evaluation.variants import Variant, build, parse_baselines, torchaccel_variants
+from torchaccel.evaluation.case import Case
+from torchaccel.evaluation.compiled import Compiled
+from torchaccel.evaluation.results import exit_code, write_document
+from torchaccel.evaluation.runners import parse_baselines
+from torchaccel.evaluation.variants import Variant, torchaccel_variants
 
 from .schema import check_document
 from .tiny import save_tiny_model
@@ -79,19 +82,54 @@ def test_generate(folder: Path) -> None:
 def test_a_failed_variant_has_its_reason_and_the_others_their_numbers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(variant: Variant, model: nn.Module) -> nn.Module:
-        if variant.kind == "torchaccel":
-            raise RuntimeError("no compiler found\nmore lines")
-        return build(variant, model)
+    def broken(self: Compiled, model: Any, case: str) -> Any:
+        raise RuntimeError("no compiler found\nmore lines")
 
-    monkeypatch.setattr(arms, "build", broken)
-    variants = [*parse_baselines("eager,static"), *torchaccel_variants([{}])]
-    found = run(folder, Case("decode", context=32, rounds=2, warmup=0, fidelity=False), [variants[0], variants[2]])
+    monkeypatch.setattr(Compiled, "build", broken)
+    variants = [*parse_baselines("eager"), *torchaccel_variants([{}])]
+    found = run(folder, Case("decode", context=32, rounds=2, warmup=0, fidelity=False), variants)
     assert found["eager"]["status"] == "ok"
     failed = found["torchaccel:exact"]
     assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: no compiler found")
     assert failed["ms"] is None
     assert exit_code(found.values()) == 1
+
+
+def test_a_cold_run_tells_cold_and_warm_compile_time(folder: Path) -> None:
+    setup = Setup(str(folder), "cpu", cold=True, probe_megabytes=8, probe_gemm=128)
+    case = Case("decode", context=64, rounds=1, warmup=1, fidelity=False)
+    (static,) = run_bench(case, parse_baselines("static"), setup, [])["results"]
+    assert (static["status"], static["graphs"], static["recompiles"]) == ("ok", 1, 0), static
+    assert static["compile_s"]["cold"] > static["compile_s"]["warm"] > 0
+    assert static["kv_bytes"] == 2 * 2 * 16 * 4 * (64 + 2 + 1 + 1 + 2)
+
+
+def test_an_interrupted_run_leaves_a_document_of_what_was_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: HFQuantized, model: Any, content: Any, capacity: int) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Static, "absent", lambda self: "there is none")
+    monkeypatch.setattr(HFQuantized, "filled_cache", interrupted)
+    path = tmp_path / "found.json"
+    setup = Setup(str(folder), "cpu", cold=False, probe_megabytes=8, probe_gemm=128)
+    case = Case("decode", context=32, rounds=1, warmup=0, fidelity=False)
+    variants = parse_baselines("static,eager,hf_quantized:fp8")
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(case, variants, setup, [], save=partial(write_document, path=path))
+    document = json.loads(path.read_text())
+    check_document(document)
+    assert [result["variant"] for result in document["results"]] == ["static"]
+    assert [child.name for child in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_busy_machine_is_refused_before_anything_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.5])
+    monkeypatch.setattr("torchaccel.evaluation.timing._machine_cpu_seconds", lambda: next(ticks))
+    setup = Setup("no-such-model", require_quiet=True)
+    with pytest.raises(RuntimeError, match=r"other processes keep 1\.\d+ cores busy where 0.25 are tolerated"):
+        run_bench(Case("decode", 8), [], setup, [])
 
 
 def test_a_failed_baseline_is_not_our_failure() -> None:

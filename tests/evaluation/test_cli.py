@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,13 +33,30 @@ def test_json_on_stdout_is_one_document_and_nothing_else(tmp_path: Path) -> None
     assert "compiling and warming up" in done.stderr
 
 
+def test_ctrl_c_leaves_a_valid_document(tmp_path: Path) -> None:
+    folder, path = save_tiny_model(tmp_path / "model"), tmp_path / "found.json"
+    arguments = ["bench", "decode", "--model", str(folder), "--context", "8", "--steps", "100000", "--warmup", "0"]
+    arguments += ["--baselines", "kvpress:snapkv,eager", "--options", '{"preset": "exact"}', "--device", "cpu"]
+    command = [sys.executable, "-c", "from torchaccel.cli.app import app; app()", *arguments, "--json", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 240
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130, told
+    assert "interrupted" in told
+    check_document(json.loads(path.read_text()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("bench", "decode", "--baselines", "jit"), "unknown baseline 'jit'"),
         (("bench", "decode", "--options", "{int8}"), "is not JSON"),
+        (("bench", "attention", "--phase", "decoding"), "unknown phase 'decoding'"),
         (("bench", "decode", "--options", '{"kv_compresion": "int8"}'), "kv_compresion"),
-        (("bench", "decode", "--model", "no-such-model"), "neither demo nor llama-110m"),
+        (("bench", "decode", "--model", "no-such-model"), "none of demo, llama-110m and minilm"),
         (("bench", "prefill", "--context", "-3"), "--context"),
         (("methods", "--family", "attention"), "unknown family 'attention'"),
     ],

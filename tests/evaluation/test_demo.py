@@ -6,8 +6,8 @@ from rich.console import Console
 
 from torchaccel.evaluation.bench import Setup
 from torchaccel.evaluation.demo import LOSSY, answer_text, demo_variants, run_demo
+from torchaccel.evaluation.runners import parse_baselines
 from torchaccel.evaluation.session import Case
-from torchaccel.evaluation.variants import parse_baselines
 from torchaccel.methods import FAMILIES
 
 from .schema import check_document

@@ -15,7 +15,7 @@ def example() -> dict:  # type: ignore[type-arg]
     broken = Result("torchaccel:int8", {})
     broken.fail(RuntimeError("no compiler"))
     case = {"kind": "decode", "context": 64, "batch": 1}
-    machine = {"busy": True}
+    machine = {"busy": True, "load_before": 1.5, "load_after": None}
     return document(
         command=[], versions={}, machine=machine, model={"name": "tiny"}, case=case, results=[slow, fast, broken]
     )
@@ -29,9 +29,12 @@ def test_speedups_have_a_column_per_baseline_and_unknowns_a_dash() -> None:
     assert rows["eager"] == ["8.00", "-", "-", "2.0", "-", "-", "-"]
     assert rows["exact"] == ["2.00", "4.00", "0.50", "-", "-", "2", "-"]
     assert "tiny, decode, context 64, batch 1" in shown.get()
+    assert "int8 (failed)" in shown.get()
+    assert "BUSY MACHINE" in shown.get()
 
 
 def test_notes_name_failures_and_a_busy_machine() -> None:
     failed, busy = notes(example())
     assert failed == "torchaccel:int8 failed: RuntimeError: no compiler"
     assert "quiet" in busy
+    assert "1.50 before, - after" in busy

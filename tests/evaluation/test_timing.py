@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
 
-from torchaccel.evaluation.timing import LoadWatch, Spread, interleave, speedups, timed
+from torchaccel.evaluation.timing import (
+    LoadWatch,
+    Spread,
+    _own_cpu_seconds,
+    interleave,
+    require_quiet,
+    speedups,
+    timed,
+)
 
 
 def test_every_variant_runs_once_a_round_in_rotating_order() -> None:
@@ -70,3 +80,20 @@ def test_the_work_of_others_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with watch.watching():
         time.sleep(0.01)
     assert watch.result()["busy"] is True
+
+
+def test_a_living_child_is_not_another_process() -> None:
+    busy = "import sys, time; end = time.process_time() + 0.6\nwhile time.process_time() < end: pass\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE) as child:
+        before = _own_cpu_seconds()
+        deadline = time.monotonic() + 60
+        while _own_cpu_seconds() - before < 0.3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert _own_cpu_seconds() - before >= 0.3
+        child.kill()
+
+
+def test_a_quiet_machine_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchaccel.evaluation.timing.QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("torchaccel.evaluation.timing._machine_cpu_seconds", lambda: 5.0)
+    require_quiet()

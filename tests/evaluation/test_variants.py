@@ -1,4 +1,4 @@
-"""Baselines and torchaccel variants from what a user types."""
+"""torchaccel variants from what a user types."""
 
 from __future__ import annotations
 
@@ -6,17 +6,8 @@ import pytest
 
 from torchaccel.errors import OptionsError
 from torchaccel.evaluation.bench import default_variants
-from torchaccel.evaluation.variants import parse_baselines, parse_options, torchaccel_variants
-
-
-def test_baselines_keep_their_order_and_lose_repetitions() -> None:
-    assert [v.label for v in parse_baselines("inductor, eager,inductor")] == ["inductor", "eager"]
-    assert parse_baselines("") == []
-
-
-def test_an_unknown_baseline_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown baseline 'jit'; the baselines are eager, inductor, static"):
-        parse_baselines("eager,jit")
+from torchaccel.evaluation.case import Case
+from torchaccel.evaluation.variants import parse_options, torchaccel_variants
 
 
 @pytest.mark.parametrize("text", ["int8", "[1]", "{"])
@@ -36,9 +27,23 @@ def test_the_same_methods_with_other_parameters_get_a_number() -> None:
     assert [v.label for v in torchaccel_variants(windows)] == ["torchaccel:streaming_llm", "torchaccel:streaming_llm#2"]
 
 
-def test_decode_measures_exact_and_int8_by_default() -> None:
-    assert [v.label for v in default_variants("decode", [])] == ["torchaccel:exact", "torchaccel:int8"]
-    assert [v.label for v in default_variants("prefill", [])] == ["torchaccel:exact"]
+@pytest.mark.parametrize(
+    ("case", "labels"),
+    [
+        (Case("decode", 8), ["exact", "int8"]),
+        (Case("prefill", 8), ["exact"]),
+        (Case("attention", 8, phase="decode"), ["exact", "int8", "streaming_llm"]),
+        (Case("attention", 8, phase="prefill"), ["exact", "streaming_llm"]),
+    ],
+    ids=str,
+)
+def test_what_is_measured_by_default(case: Case, labels: list[str]) -> None:
+    assert [v.label for v in default_variants(case, [])] == [f"torchaccel:{label}" for label in labels]
+
+
+def test_attention_is_measured_in_one_of_two_phases() -> None:
+    with pytest.raises(ValueError, match="unknown phase 'decoding' of attention; the phases are decode, prefill"):
+        Case("attention", 8, phase="decoding")
 
 
 def test_unknown_options_are_refused() -> None:

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torchaccel.passes.layerwise import LayerwiseOptions
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import torchaccel
 from torchaccel.errors import OptionsError
-from torchaccel.passes.layerwise import LayerwiseOptions
 
 
 def model() -> LlamaForCausalLM:

@@ -6,8 +6,10 @@ import typer
 
 from .bench import bench
 from .demo import demo
+from .evaluate import evaluate
 from .info import info
 from .methods import methods
+from .report import report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,5 +17,5 @@ app = typer.Typer(
     help="A torch.compile backend for long-context transformers: demonstration, benchmarks, methods.",
 )
 app.add_typer(bench, name="bench")
-for command in (demo, methods, info):
+for command in (demo, evaluate, methods, report, info):
     app.command()(command)

@@ -1,15 +1,30 @@
-"""``torchaccel bench``: decode, prefill, generate."""
+"""``torchaccel bench``: decode, prefill, generate, attention."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from .console import deliver, progress_bar, streams, usage_errors
-from .parameters import Baselines, Batch, Cold, Context, Device, Dtype, Fidelity, JsonOut, Model, Options, Warmup
+from .console import deliver, progress_bar, results_console, streams, usage_errors
+from .parameters import (
+    Baselines,
+    Batch,
+    Cold,
+    Context,
+    Device,
+    Dtype,
+    Fidelity,
+    HtmlOut,
+    JsonOut,
+    Model,
+    Options,
+    Quiet,
+    Warmup,
+)
+from .report import deliver_html, prepare_html
 
 bench = typer.Typer(no_args_is_help=True, help="Measure torchaccel against other ways of running the same model.")
 
@@ -22,17 +37,19 @@ def decode(
     baselines: Baselines = "eager,inductor",
     options: Options = None,
     json_out: JsonOut = None,
+    html: HtmlOut = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each variant.")] = 20,
     warmup: Warmup = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
     cold: Cold = True,
+    quiet: Quiet = False,
     fidelity: Fidelity = True,
 ) -> None:
     """One new token at a time after a long cache of random content; the time is per token."""
     case = {"context": context, "batch": batch, "rounds": steps, "warmup": warmup, "fidelity": fidelity}
-    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold}
-    _bench("decode", case, setup, baselines, options, json_out)
+    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold, "require_quiet": quiet}
+    _bench("decode", case, setup, baselines, options, json_out, html)
 
 
 @bench.command()
@@ -43,17 +60,19 @@ def prefill(
     baselines: Baselines = "eager,inductor",
     options: Options = None,
     json_out: JsonOut = None,
+    html: HtmlOut = None,
     prompts: Annotated[int, typer.Option(min=1, help="Timed prompts of each variant.")] = 5,
     warmup: Warmup = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     cold: Cold = True,
+    quiet: Quiet = False,
     fidelity: Fidelity = True,
 ) -> None:
     """A whole prompt at once, logits of its last token; the time is per prompt."""
     case = {"context": context, "batch": batch, "rounds": prompts, "warmup": warmup, "fidelity": fidelity}
-    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold}
-    _bench("prefill", case, setup, baselines, options, json_out)
+    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold, "require_quiet": quiet}
+    _bench("prefill", case, setup, baselines, options, json_out, html)
 
 
 @bench.command()
@@ -64,6 +83,7 @@ def generate(
     baselines: Baselines = "eager,inductor",
     options: Options = None,
     json_out: JsonOut = None,
+    html: HtmlOut = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     calls: Annotated[int, typer.Option(min=1, help="Timed generate() calls of each variant.")] = 5,
     warmup: Warmup = 1,
@@ -71,12 +91,36 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     cold: Cold = True,
+    quiet: Quiet = False,
 ) -> None:
     """model.generate() on a real prompt: time to the first token, and per token after it."""
     case = {"context": context, "batch": batch, "rounds": calls, "warmup": warmup}
     case |= {"new_tokens": new_tokens, "recall_questions": recall}
-    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold}
-    _bench("generate", case, setup, baselines, options, json_out)
+    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold, "require_quiet": quiet}
+    _bench("generate", case, setup, baselines, options, json_out, html)
+
+
+@bench.command()
+def attention(
+    model: Model = "llama-110m",
+    context: Context = 32768,
+    batch: Batch = 1,
+    phase: Annotated[str, typer.Option(help="decode (one new token over a cache) or prefill (a prompt).")] = "decode",
+    baselines: Annotated[str, typer.Option(help="Comma-separated: sdpa, flex.")] = "sdpa,flex",
+    options: Options = None,
+    json_out: JsonOut = None,
+    html: HtmlOut = None,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")] = 30,
+    warmup: Warmup = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cold: Cold = True,
+    quiet: Quiet = False,
+) -> None:
+    """The attention operator of one layer alone, with cold caches; the time is per call."""
+    case = {"context": context, "batch": batch, "rounds": calls, "warmup": warmup, "phase": phase}
+    setup = {"model": model, "device": device, "dtype": dtype, "cold": cold, "require_quiet": quiet}
+    _bench("attention", case, setup, baselines, options, json_out, html)
 
 
 def _bench(
@@ -86,23 +130,36 @@ def _bench(
     baselines: str,
     options: list[str] | None,
     json_out: str | None,
+    html: Path | None,
 ) -> None:
     from ..evaluation.bench import Setup, default_variants, run_bench
-    from ..evaluation.results import exit_code
-    from ..evaluation.session import Case
+    from ..evaluation.case import Case
+    from ..evaluation.results import exit_code, write_document
+    from ..evaluation.runners import parse_baselines
     from ..evaluation.tables import notes, results_table
-    from ..evaluation.variants import parse_baselines, parse_options
+    from ..evaluation.variants import parse_options
 
+    path = None if json_out in (None, "-") else Path(str(json_out))
+    save = None if path is None else lambda found: write_document(found, path)
+    command = ["torchaccel", *sys.argv[1:]]
     with streams(json_out) as (stdout, console):
         with usage_errors(console):
+            prepare_html(html)
+            asked = Case(kind, **case)
             extra = [parse_options(text) for text in options or []]
-            variants = [*parse_baselines(baselines), *default_variants(kind, extra)]
-            with progress_bar(console) as progress:
-                found = run_bench(Case(kind, **case), variants, Setup(**setup), ["torchaccel", *sys.argv[1:]], progress)
+            variants = [*parse_baselines(baselines, kind), *default_variants(asked, extra)]
+            try:
+                with progress_bar(console) as progress:
+                    found = run_bench(asked, variants, Setup(**setup), command, progress, save)
+            except KeyboardInterrupt:
+                kept = f"; {path} holds the variants that were finished" if path else ""
+                console.print(f"interrupted{kept}", highlight=False)
+                raise typer.Exit(130) from None
         if json_out != "-":
-            out = Console(file=stdout)
+            out = results_console(stdout)
             out.print(results_table(found))
             for line in notes(found):
                 out.print(line, highlight=False)
         deliver(found, json_out, stdout)
+        deliver_html([found], html)
     raise typer.Exit(exit_code(found["results"]))

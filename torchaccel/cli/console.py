@@ -12,19 +12,19 @@ from typing import Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 
 def deliver(found: dict[str, Any], json_out: str | None, stdout: TextIO) -> None:
-    if json_out is None:
-        return
-    text = json.dumps(found, indent=2) + "\n"
+    from ..evaluation.results import write_document
+
     if json_out == "-":
-        stdout.write(text)
+        stdout.write(json.dumps(found, indent=2) + "\n")
         stdout.flush()
-    else:
-        Path(json_out).write_text(text, encoding="utf-8")
+    elif json_out is not None:
+        write_document(found, Path(json_out))
 
 
 @contextlib.contextmanager
@@ -50,17 +50,24 @@ def streams(json_out: str | None) -> Iterator[tuple[TextIO, Console]]:
         os.close(saved)
 
 
+def results_console(stdout: TextIO) -> Console:
+    """A console for tables on ``stdout``: as wide as the terminal, or wide enough for any table where there is none."""
+    return Console(file=stdout, width=None if stdout.isatty() else 160)
+
+
 @contextlib.contextmanager
 def usage_errors(console: Console) -> Iterator[None]:
     """Turn errors about what the user asked for into a line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except typer.Exit:  # a RuntimeError too
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
         refuse(console, str(error))
 
 
 def refuse(console: Console, message: str) -> None:
-    console.print(f"[red]error:[/red] {message}", highlight=False)
+    console.print(f"[red]error:[/red] {escape(message)}", highlight=False)
     raise typer.Exit(2)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attention import run_attention
 from .decode import run_decode
-from .generate import run_generate
+from .generation import run_generate
 from .machine import measure_machine, versions
 from .models import load_model
 from .prefill import run_prefill
@@ -19,17 +20,20 @@ from .prompts import prompt_tokens
 from .recall import TASKS, make_question
 from .results import Result, document
 from .session import Case, Progress, Session, Silent, fresh_compilers
-from .timing import LoadWatch
+from .timing import LoadWatch, require_quiet
 from .variants import Variant, torchaccel_variants
 
-KINDS = ("decode", "prefill", "generate")
+KINDS = ("decode", "prefill", "generate", "attention")
+STREAMING = {"sparse_attention": "streaming_llm"}
+INT8 = {"kv_compression": "int8"}
 
 
 @dataclass(frozen=True)
 class Setup:
     """Where a benchmark runs: model name or folder, device, dtype name ("auto": as saved), cold compile caches or not.
 
-    ``probe_megabytes`` and ``probe_gemm`` are the sizes of the machine's measurement.
+    ``probe_megabytes`` and ``probe_gemm`` are the sizes of the machine's measurement; ``require_quiet`` refuses a
+    machine that others use.
     """
 
     model: str
@@ -38,33 +42,57 @@ class Setup:
     cold: bool = True
     probe_megabytes: int = 512
     probe_gemm: int = 2048
+    require_quiet: bool = False
 
 
-def default_variants(kind: str, extra: Sequence[Mapping[str, Any]]) -> list[Variant]:
-    """torchaccel exact; int8 where a cache is read; and one variant for each of ``extra``."""
-    standard: list[Mapping[str, Any]] = [{}] if kind == "prefill" else [{}, {"kv_compression": "int8"}]
+def default_variants(case: Case, extra: Sequence[Mapping[str, Any]]) -> list[Variant]:
+    """torchaccel exact, int8 where a cache is read, a window for attention alone, and one for each of ``extra``."""
+    standard: list[Mapping[str, Any]] = [{}]
+    if "prefill" not in (case.kind, case.phase):
+        standard.append(INT8)
+    if case.kind == "attention":
+        standard.append(STREAMING)
     return torchaccel_variants([*standard, *extra])
 
 
 def run_bench(
-    case: Case, variants: Sequence[Variant], setup: Setup, command: Sequence[str], progress: Progress | None = None
+    case: Case,
+    variants: Sequence[Variant],
+    setup: Setup,
+    command: Sequence[str],
+    progress: Progress | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``case`` for all ``variants`` in one process and return the results document.
 
-    Raises ``ValueError`` for an unknown kind, model, device or dtype; what goes wrong within a variant is recorded in
-    its result instead.
+    ``save`` is called with a valid document of what is finished, at the beginning and after each variant. Raises
+    ``ValueError`` for an unknown kind, model, device or dtype and ``RuntimeError`` for a busy machine that was required
+    to be quiet; what goes wrong within a variant is recorded in its result instead.
     """
     if case.kind not in KINDS:
         raise ValueError(f"unknown benchmark {case.kind!r}; the benchmarks are {', '.join(KINDS)}")
+    if setup.require_quiet:
+        require_quiet()
     session = open_session(case, setup, progress)
+    if save is not None:
+        session.on_result = _saving(session, command, save)
+        session.on_result([])
     with fresh_compilers(cold=setup.cold):
         if case.kind == "decode":
             results = run_decode(session, variants)
         elif case.kind == "prefill":
             results = run_prefill(session, variants)
+        elif case.kind == "attention":
+            results = run_attention(session, variants)
         else:
             results = run_generate(session, variants, generation_prompt(session)).results
     return session_document(session, results, command)
+
+
+def _saving(
+    session: Session, command: Sequence[str], save: Callable[[dict[str, Any]], None]
+) -> Callable[[Sequence[Result]], None]:
+    return lambda results: save(session_document(session, results, command))
 
 
 def open_session(case: Case, setup: Setup, progress: Progress | None = None) -> Session:

@@ -14,11 +14,13 @@ from .memory import transient_peak
 from .models import ModelFacts, require_transformers, text_config
 from .results import Result
 from .roofline import decode_floor, density
+from .runner import Content
 from .session import Session
 from .variants import Variant
 
 FIDELITY_STEPS = 2
-Content = list[tuple[Tensor, Tensor]]
+# Inductor compiles the first step for one length and the second for every length; the third is a usual one.
+COMPILING_STEPS = 3
 
 
 def run_decode(session: Session, variants: Sequence[Variant]) -> list[Result]:
@@ -42,7 +44,7 @@ def run_decode(session: Session, variants: Sequence[Variant]) -> list[Result]:
     decoders: dict[str, Decoder] = {}
 
     def start(arm: Arm) -> None:
-        decoder = Decoder(arm, make_cache(arm, content, case.context + steps), tokens)
+        decoder = Decoder(arm, arm.runner.filled_cache(arm.model, content, case.context + steps), tokens)
         logits = torch.cat([decoder.step() for _ in range(FIDELITY_STEPS)])
         if truth is not None:
             arm.result.fidelity = compare_logits(logits, truth, eager)
@@ -54,6 +56,16 @@ def run_decode(session: Session, variants: Sequence[Variant]) -> list[Result]:
     content.clear()
     samples = session.race(arms, {label: decoders[label].timed_step for label in arms})
     session.finish(arms, samples, lambda arm: _finish(session, arm, decoders[arm.variant.label]))
+    decoders.clear()
+
+    def again(arm: Arm) -> None:
+        content = random_content(session.facts, case.batch, case.context, session.device)
+        cache = arm.runner.filled_cache(arm.model, content, case.context + steps)
+        decoder = Decoder(arm, cache, tokens)
+        for _ in range(COMPILING_STEPS):
+            decoder.step()
+
+    session.compile_again(arms, samples, again)
     return results
 
 
@@ -75,10 +87,11 @@ class Decoder:
         def call() -> None:
             out = self.arm.model(token, past_key_values=self.cache, use_cache=True)
             self.cache = out.past_key_values
-            logits.append(out.logits[:, -1])
+            logits.append(out.logits)
 
         self._last_ms = self.arm.run(call)
-        return logits[0]
+        # A copy: the next replay of a CUDA graph writes its result to the same place.
+        return logits[0][:, -1].clone()
 
     def timed_step(self) -> float:
         """Feed the next token; the milliseconds it took."""
@@ -86,7 +99,7 @@ class Decoder:
         return self._last_ms
 
 
-def random_content(facts: ModelFacts, batch: int, context: int, device: torch.device) -> Content:
+def random_content(facts: ModelFacts, batch: int, context: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Seeded normal keys and values ``[B, H_kv, context, D]`` in the model's dtype for every layer."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, facts.kv_heads, context, facts.head_dim)
@@ -96,18 +109,6 @@ def random_content(facts: ModelFacts, batch: int, context: int, device: torch.de
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     return [(draw(), draw()) for _ in range(facts.layers)]
-
-
-def make_cache(arm: Arm, content: Content, capacity: int) -> Any:
-    """A DynamicCache that holds ``content``; for the static variant a StaticCache of ``capacity`` tokens."""
-    transformers = require_transformers()
-    config = text_config(arm.model)
-    if arm.variant.kind != "static":
-        return transformers.DynamicCache(content, config=config)
-    cache = transformers.StaticCache(config, max_cache_len=capacity)
-    for layer, (keys, values) in enumerate(content):
-        cache.update(keys, values, layer)
-    return cache
 
 
 def _tokens(session: Session, steps: int) -> Tensor:
@@ -129,16 +130,15 @@ def _first_logits(model: torch.nn.Module, content: Content, tokens: Tensor) -> T
 
 
 def _finish(session: Session, arm: Arm, decoder: Decoder) -> None:
-    import torchaccel
-
     case, result = session.case, arm.result
     assert result.ms is not None  # race() filled it in
     arm.describe(result.ms.median, phases=1)
-    if session.work is not None:
-        result.bound_ms = decode_floor(
-            session.work, arm.applied, session.machine, batch=case.batch, context=case.context
-        )
-    result.density = density(case.context, arm.applied, decode=True)
+    if arm.applied is not None:
+        result.density = density(case.context, arm.applied, decode=True)
+        if session.work is not None:
+            result.bound_ms = decode_floor(
+                session.work, arm.applied, session.machine, batch=case.batch, context=case.context
+            )
     transient = transient_peak(decoder.step, session.device)
-    result.kv_bytes = torchaccel.kv_bytes(decoder.cache)
+    result.kv_bytes = arm.runner.kv_bytes(decoder.cache)
     result.peak_bytes = session.facts.weight_bytes + result.kv_bytes + transient

@@ -12,12 +12,13 @@ from rich.table import Table
 
 from .bench import Setup, open_session, session_document
 from .fidelity import equal_share
-from .generate import Generated, run_generate
+from .generation import Generated, run_generate
 from .recall import ANSWER_TOKENS, TASKS, Question, is_right, make_question
 from .results import Result
+from .runners import parse_baselines
 from .session import Case, Progress, fresh_compilers
 from .tables import PREFIX, comparison_table
-from .variants import Variant, parse_baselines, torchaccel_variants
+from .variants import Variant, torchaccel_variants
 
 # One lossy setting per family. The window is well below the prompt, so that what it forgets shows in the answers.
 LOSSY: dict[str, Any] = {

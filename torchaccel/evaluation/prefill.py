@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,40 +33,45 @@ def run_prefill(session: Session, variants: Sequence[Variant]) -> list[Result]:
         truth = prefill(float32_copy(session.loaded.model), prompt).logits[:, -1]
         eager = prefill(session.loaded.model, prompt).logits[:, -1]
 
+    def once(arm: Arm) -> Any:
+        return prefill(arm.model, prompt, arm.runner.new_cache(arm.model, prompt.shape[1]))
+
     def start(arm: Arm) -> None:
         logits: list[Tensor] = []
-        arm.run(lambda: logits.append(prefill(arm.model, prompt).logits[:, -1]))
+        arm.run(lambda: logits.append(once(arm).logits[:, -1]))
         if truth is not None:
             arm.result.fidelity = compare_logits(logits[0], truth, eager)
         for _ in range(case.warmup):
-            arm.run(lambda: prefill(arm.model, prompt))
+            arm.run(lambda: once(arm))
 
     results, arms = session.prepare(variants, start)
-    calls = {label: partial(arm.run, partial(prefill, arm.model, prompt)) for label, arm in arms.items()}
-    samples = session.race(arms, calls)
-    session.finish(arms, samples, lambda arm: _finish(session, arm, prompt))
+    samples = session.race(arms, {label: partial(arm.run, partial(once, arm)) for label, arm in arms.items()})
+    session.finish(arms, samples, lambda arm: _finish(session, arm, partial(once, arm)))
+    session.compile_again(arms, samples, lambda arm: arm.run(lambda: once(arm)))
     return results
 
 
 @torch.no_grad()
-def prefill(model: torch.nn.Module, prompt: Tensor) -> Any:
-    """Run ``prompt`` ``[B, S]`` through ``model`` with an empty cache; its output holds logits ``[B, 1, V]``."""
-    return model(prompt, use_cache=True, logits_to_keep=1)
+def prefill(model: torch.nn.Module, prompt: Tensor, cache: Any = None) -> Any:
+    """Run ``prompt`` ``[B, S]`` through ``model``; its output holds logits ``[B, 1, V]`` and the filled cache.
+
+    ``cache`` is an empty one, or None for the one the model makes.
+    """
+    return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _finish(session: Session, arm: Arm, prompt: Tensor) -> None:
-    import torchaccel
-
+def _finish(session: Session, arm: Arm, once: Callable[[], Any]) -> None:
     case, result = session.case, arm.result
     assert result.ms is not None  # race() filled it in
     arm.describe(result.ms.median, phases=1)
-    if session.work is not None:
-        result.bound_ms = prefill_floor(
-            session.work, arm.applied, session.machine, batch=case.batch, context=case.context
-        )
-    result.density = density(case.context, arm.applied, decode=False)
+    if arm.applied is not None:
+        result.density = density(case.context, arm.applied, decode=False)
+        if session.work is not None:
+            result.bound_ms = prefill_floor(
+                session.work, arm.applied, session.machine, batch=case.batch, context=case.context
+            )
     caches: list[Any] = []
-    transient = transient_peak(lambda: caches.append(prefill(arm.model, prompt).past_key_values), session.device)
-    result.kv_bytes = torchaccel.kv_bytes(caches[0])
+    transient = transient_peak(lambda: caches.append(once().past_key_values), session.device)
+    result.kv_bytes = arm.runner.kv_bytes(caches[0])
     # The cache is made within the call, so its bytes are part of the peak already.
     result.peak_bytes = session.facts.weight_bytes + transient

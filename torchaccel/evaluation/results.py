@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .timing import Spread
@@ -52,6 +54,7 @@ class Result:
     predicted_ms: float | None = None
     fidelity: Fidelity = field(default_factory=Fidelity)
     density: float | None = None
+    details: dict[str, Any] | None = None
 
     @property
     def roofline_fraction(self) -> float | None:
@@ -91,6 +94,17 @@ def document(
         "case": dict(case),
         "results": [result.to_dict() for result in results],
     }
+
+
+def write_document(found: Mapping[str, Any], path: Path) -> None:
+    """Write a document as JSON; whoever reads ``path`` meanwhile, or after an interruption, finds a whole one."""
+    text = json.dumps(found, indent=2) + "\n"
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def exit_code(results: Iterable[Mapping[str, Any]]) -> int:

@@ -7,15 +7,18 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from .arms import Arm
+from .case import Case
 from .machine import Machine, ReadProbe
 from .models import LoadedModel, ModelFacts, model_facts
 from .results import Result
 from .roofline import Work
+from .runners import runner_of
 from .timing import LoadWatch, Spread, interleave, speedups
 from .variants import Variant
 
@@ -42,34 +45,13 @@ class Silent:
         """Ignored."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One benchmark: ``context`` tokens of prompt or cache, ``batch`` rows, ``rounds`` timed samples per variant."""
-
-    kind: str
-    context: int
-    batch: int = 1
-    new_tokens: int | None = None
-    rounds: int = 20
-    warmup: int = 3
-    fidelity: bool = True
-    recall_questions: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The case as the results document names it."""
-        return {
-            "kind": self.kind,
-            "batch": self.batch,
-            "context": self.context,
-            "new_tokens": self.new_tokens,
-            "rounds": self.rounds,
-            "warmup": self.warmup,
-        }
-
-
 @dataclass
 class Session:
-    """A model on a machine, ready to run a case."""
+    """A model on a machine, ready to run a case.
+
+    ``caches`` says how compilation finds its caches on disk, "cold" or "warm". ``on_result`` is called with the records
+    that are final, in the order of the variants, whenever one more is.
+    """
 
     loaded: LoadedModel
     machine: Machine
@@ -79,40 +61,86 @@ class Session:
     probe_megabytes: int = 512
     progress: Progress = field(default_factory=Silent)
     watch: LoadWatch = field(default_factory=LoadWatch)
+    on_result: Callable[[Sequence[Result]], None] | None = None
 
     def __post_init__(self) -> None:
+        self._results: dict[str, Result] = {}
+        self._final: set[str] = set()
         self.facts: ModelFacts = model_facts(self.loaded)
         self.work = Work.of(self.loaded.model, self.facts)
         self.new_tokens: int = self.case.new_tokens or 1
 
-    def prepare(self, variants: Sequence[Variant], start: Callable[[Arm], None]) -> tuple[list[Result], dict[str, Arm]]:
+    def prepare(
+        self, variants: Sequence[Variant], start: Callable[[Arm], None], subject: Any = None
+    ) -> tuple[list[Result], dict[str, Arm]]:
         """Build every variant and let ``start`` run it until it is warm; those that fail leave the race here.
 
-        Returns the records of all variants in order, and the arms that are ready by label.
+        ``subject`` is what is built, the session's model where nothing is given. Returns the records of all variants in
+        order, and the arms that are ready by label.
         """
-        results: list[Result] = []
         arms: dict[str, Arm] = {}
-        for variant in variants:
+        self._results = {variant.label: Result(variant.label, dict(variant.options)) for variant in variants}
+        # Those whose settings follow from what others measured come last.
+        for variant in sorted(variants, key=lambda v: runner_of(v, self.case.kind).follows):
             self.progress.advance(f"{variant.label}: compiling and warming up")
-            result = Result(variant.label, dict(variant.options))
+            runner = runner_of(variant, self.case.kind)
+            reason = self._inapplicable(variant, runner.cases) or runner.absent()
+            if reason is not None:
+                self._results[variant.label].status, self._results[variant.label].reason = "absent", reason
+                self._finished(variant.label)
+                continue
             try:
-                arm = Arm(variant, self.loaded.model, self.device, self.caches)
-                result = arm.result
+                runner.settle(list(self._results.values()), self.facts, self.case)
+                settled = replace(variant, options=runner.options)
+                built = self.loaded.model if subject is None else subject
+                arm = Arm(settled, built, self.device, self.caches, self.case.kind)
+                self._results[variant.label] = arm.result
                 start(arm)
                 arm.warm = True
                 arms[variant.label] = arm
             except Exception as error:  # recorded: the document names the variant and the reason
-                result.fail(error)
-            results.append(result)
-        return results, arms
+                self._results[variant.label].fail(error)
+                self._finished(variant.label)
+        return list(self._results.values()), {label: arms[label] for label in self._results if label in arms}
 
     def finish(self, arms: Mapping[str, Arm], measured: Mapping[str, object], describe: Callable[[Arm], None]) -> None:
         """Let ``describe`` complete the records of the measured variants; what it raises fails the variant."""
-        for label in measured:
-            try:
-                describe(arms[label])
-            except Exception as error:  # recorded, as above
-                arms[label].result.fail(error)
+        for label, arm in arms.items():
+            if label in measured:
+                try:
+                    describe(arm)
+                except Exception as error:  # recorded, as above
+                    arm.result.fail(error)
+            self._finished(label)
+
+    def compile_again(
+        self, arms: Mapping[str, Arm], measured: Mapping[str, object], call: Callable[[Arm], object]
+    ) -> None:
+        """Compile the measured variants once more, from the caches the first time filled: the warm compile time.
+
+        ``call`` runs an arm as often as it takes until everything is compiled. Does nothing in a session whose first
+        compilation was the warm one. Libraries of generated kernels stay loaded; a new process opens them in no time.
+        """
+        if self.caches != "cold":
+            return
+        forget_compiled()
+        for label, arm in arms.items():
+            if label in measured and arm.compiles and arm.result.status != "failed":
+                self.progress.advance(f"{label}: compiling again")
+                try:
+                    arm.compile_again(partial(call, arm))
+                except Exception as error:  # recorded, as above
+                    arm.result.fail(error)
+
+    def _inapplicable(self, variant: Variant, cases: Sequence[str]) -> str | None:
+        if self.case.kind in cases:
+            return None
+        return f"{variant.label} does not apply to {self.case.kind}; it takes part in {', '.join(cases)}"
+
+    def _finished(self, label: str) -> None:
+        self._final.add(label)
+        if self.on_result is not None:
+            self.on_result([result for name, result in self._results.items() if name in self._final])
 
     def race(self, arms: Mapping[str, Arm], calls: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
         """Time ``calls`` interleaved for ``case.rounds`` rounds and note median and ratios in the arms' results.
@@ -135,6 +163,14 @@ class Session:
             arms[label].result.ms = Spread.of(values)
             arms[label].result.speedup = speedups(samples, label)
         return samples
+
+
+def forget_compiled() -> None:
+    """Forget compiled graphs and what was read from the cache folder; the folder itself stays."""
+    from torch._inductor.utils import clear_caches
+
+    torch._dynamo.reset()
+    clear_caches()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 BUSY_CORES = 0.25
+QUIET_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,26 @@ class Spread:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the work queued on ``device``; a no-op on the CPU."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call with its device work, in milliseconds."""
-    synchronise(device)
+    """Time of one call with its device work, in milliseconds; on CUDA between two events, with the L2 cache flushed."""
+    if device.type == "cuda":
+        return _timed_by_events(call, device)
     start = time.perf_counter()
     call()
-    synchronise(device)
     return (time.perf_counter() - start) * 1e3
+
+
+def _timed_by_events(call: Callable[[], object], device: torch.device) -> float:
+    # What the call before left in L2 would be read for free; a buffer of twice its size takes its place.
+    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)
 
 
 def interleave(
@@ -87,7 +95,8 @@ class LoadWatch:
     """Tells whether other processes used the machine while samples were taken.
 
     The load average remembers our own compilation, so the share of other processes comes from the kernel's CPU counters
-    minus our own CPU time, over the timed part only; without such counters the load average at the start decides.
+    minus the CPU time of this process and its children, over the timed part only; without such counters the load
+    average at the start decides.
     """
 
     def __init__(self) -> None:
@@ -107,10 +116,27 @@ class LoadWatch:
                 self.others += (used - machine) - (_own_cpu_seconds() - own)
                 self._elapsed += time.perf_counter() - start
 
+    @property
+    def cores(self) -> float:
+        """Cores that other processes kept busy."""
+        return self.others / self._elapsed if self._elapsed else self.before or 0.0
+
     def result(self) -> dict[str, Any]:
         """``load_before``, ``load_after`` (null where unknown) and ``busy``, as the results document names them."""
-        share = self.others / self._elapsed if self._elapsed else self.before or 0.0
-        return {"load_before": self.before, "load_after": _load_average(), "busy": share > BUSY_CORES}
+        return {"load_before": self.before, "load_after": _load_average(), "busy": self.cores > BUSY_CORES}
+
+
+def require_quiet() -> None:
+    """Raise ``RuntimeError`` when other processes use the machine; looks on for a second."""
+    watch = LoadWatch()
+    with watch.watching():
+        time.sleep(QUIET_SECONDS)
+    if watch.cores > BUSY_CORES:
+        load = "unknown" if watch.before is None else f"{watch.before:.2f}"
+        raise RuntimeError(
+            f"--require-quiet was asked for, and other processes keep {watch.cores:.2f} cores busy where {BUSY_CORES} "
+            f"are tolerated (load average {load}); stop them, or measure without it and have the result marked as busy"
+        )
 
 
 def _load_average() -> float | None:
@@ -118,8 +144,30 @@ def _load_average() -> float | None:
 
 
 def _own_cpu_seconds() -> float:
+    """CPU time of this process, of its children that ended and of its descendants that are alive."""
     used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    return used.user + used.system + used.children_user + used.children_system + _descendants_cpu_seconds()
+
+
+def _descendants_cpu_seconds() -> float:
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # Behind the name, which may hold blanks: state, parent, ... and CPU times, of its ended children too.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(fields[1])
+            ticks[int(folder.name)] = sum(int(x) for x in fields[11:15])
+    return sum(ticks[pid] for pid in ticks if _descends(pid, parents)) / os.sysconf("SC_CLK_TCK")
+
+
+def _descends(pid: int, parents: Mapping[int, int]) -> bool:
+    own = os.getpid()
+    while pid in parents and pid != own:
+        pid = parents[pid]
+        if pid == own:
+            return True
+    return False
 
 
 def _machine_cpu_seconds() -> float | None:

@@ -1,38 +1,23 @@
-"""The ways of running one model that are compared: eager, Inductor, Inductor with a static cache, torchaccel."""
+"""The ways of running one model that are compared, as data: a label, a kind, options."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import nn
+from typing import Any
 
 from ..methods import FAMILIES
 from ..options import resolve
-from .models import share_weights
-
-Kind = Literal["eager", "inductor", "static", "torchaccel"]
-BASELINES: dict[str, Kind] = {"eager": "eager", "inductor": "inductor", "static": "static"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of running a model; ``options`` are torchaccel's, as the user gave them."""
+    """One way of running a model; ``kind`` names its runner, "torchaccel" or a baseline, ``options`` are for that."""
 
     label: str
-    kind: Kind
+    kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def parse_baselines(names: str) -> list[Variant]:
-    """Baselines from a comma-separated list; raises ``ValueError`` for one that is not known."""
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in found if name not in BASELINES]
-    if unknown:
-        raise ValueError(f"unknown baseline {unknown[0]!r}; the baselines are {', '.join(BASELINES)}")
-    return [Variant(name, BASELINES[name]) for name in dict.fromkeys(found)]
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -73,13 +58,3 @@ def requested(options: Mapping[str, Any]) -> dict[str, Any]:
 def method_label(options: Mapping[str, Any]) -> str:
     """The names of the methods in ``options`` joined by "+", or "exact"."""
     return "+".join(method["method"] for method in requested(options).values()) or "exact"
-
-
-def build(variant: Variant, model: nn.Module) -> nn.Module:
-    """``model`` as ``variant`` runs it: modules of its own, the parameter tensors of ``model``."""
-    copy = share_weights(model)
-    if variant.kind in ("inductor", "static"):
-        copy.compile(backend="inductor")
-    elif variant.kind == "torchaccel":
-        copy.compile(backend="torchaccel", options=dict(variant.options) or None)
-    return copy

@@ -1,0 +1,1 @@
+"""Other ways of running the same model, a file each; ``--baselines`` names them."""

@@ -1,0 +1,1 @@
+"""The attention operator alone, in several implementations, a file each."""
