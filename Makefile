@@ -47,7 +47,11 @@ bench: setup
 	$(BIN)/torchaccel bench prefill --model llama-110m --context 8192 --baselines inductor \
 		--options '{"sparse_attention": {"method": "streaming_llm", "sinks": 4, "window": 1024}}' \
 		--json $(RESULTS)/prefill-8k.json
-	$(BIN)/torchaccel bench generate --model demo --json $(RESULTS)/generate-demo.json
+	$(BIN)/torchaccel bench generate --model demo --baselines eager,inductor,static,hf_quantized,kvpress:snapkv \
+		--json $(RESULTS)/generate-demo.json
+	$(BIN)/torchaccel evaluate --model demo --options '{"preset": "exact"}' --options '{"kv_compression": "int8"}' \
+		--options '{"sparse_attention": {"method": "streaming_llm", "sinks": 4, "window": 256}}' \
+		--tasks perplexity,agreement,recall --json $(RESULTS)/evaluate-demo.json
 
 # What `bench --baselines hf_quantized,kvpress:<press>` needs. kvpress wants a transformers older than ours and lives in
 # an environment of its own; of torchaccel that environment uses the measuring code alone, so it gets no dependencies.
@@ -62,7 +66,7 @@ $(PEERS)/kvpress/.installed: constraints.txt
 	touch $@
 
 # The picture of the README: the head of the report about $(DOCUMENTS), as a browser without a window shows it.
-DOCUMENTS ?= $(wildcard $(RESULTS)/*.json)
+DOCUMENTS ?= $(addprefix $(RESULTS)/,evaluate-demo.json generate-demo.json decode-32k.json decode-512.json prefill-8k.json)
 IMAGE ?= docs/report.png
 report-image: setup
 	mkdir -p build
