@@ -38,6 +38,18 @@ def library() -> torch.library.Library:
     return lib
 
 
+# A step calls an operator per layer, so what is looked up is keyed by what costs nothing to compare: hashing the specs
+# took 1 us a call.
+@lru_cache(maxsize=4096)
+def _attend_run(spec: str, device: str, rows: int) -> Any:
+    return registry.attend(AttentionSpec.from_key(spec), device, rows)
+
+
+@lru_cache(maxsize=4096)
+def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
+    return registry.linear(LinearSpec(dtype, rows, bias), device).run
+
+
 def _attend(
     q: Tensor,
     k_new: Tensor,
@@ -49,13 +61,13 @@ def _attend(
     positions: Tensor | None,
     spec: str,
 ) -> Tensor:
-    run = registry.attend(AttentionSpec.from_key(spec), q.device.type, q.shape[2])
+    run = _attend_run(spec, q.device.type, q.shape[2])
     return run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
     rows, slots = q.shape[2], k.shape[2]
-    run = registry.attend(AttentionSpec.from_key(spec), q.device.type, rows)
+    run = _attend_run(spec, q.device.type, rows)
     return run(q, None, None, k, v, torch.tensor([0, slots, slots - rows]), mask, None)
 
 
@@ -66,8 +78,8 @@ def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: s
 
 def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
     rows = x.numel() // max(x.shape[-1], 1)
-    spec = LinearSpec(dtype, rows, any(b is not None for b in biases))
-    return registry.linear(spec, x.device.type).run(x, weights, biases)
+    bias = biases.count(None) < len(biases)
+    return _linear_run(dtype, rows, bias, x.device.type)(x, weights, biases)
 
 
 def _like_query(q: Tensor, *_: Any) -> Tensor:

@@ -37,8 +37,8 @@ class Options:
     sources: dict[str, str]
 
     def requested(self) -> dict[str, Any]:
-        """The options as plain data: family -> {"method": name, parameters}."""
-        found = {m.family: {"method": m.name, **m.options.model_dump()} for m in self.methods}
+        """The options as plain data: family -> {"method": name, every parameter that has a value}."""
+        found = {m.family: {"method": m.name, **m.options.model_dump(exclude_none=True)} for m in self.methods}
         return {**found, "strict": self.strict} if self.strict else found
 
 

@@ -13,6 +13,7 @@ from .fidelity import greedy_prefix
 from .generate import Sample, generate
 from .recall import TASKS, recall_score
 from .results import Result
+from .roofline import decode_floor
 from .session import Session
 from .timing import Spread
 from .variants import Variant
@@ -68,6 +69,7 @@ def _finish(session: Session, arm: Arm, prompt: Tensor, samples: Sequence[Sample
     result.ms = None
     result.ttft_ms = Spread.of([found.ttft_ms for found in samples])
     result.tpot_ms = Spread.of([found.tpot_ms for found in samples])
+    result.bound_ms = _token_floor(session, arm, prompt)
     result.kv_bytes = samples[-1].kv_bytes
     result.peak_bytes = session.facts.weight_bytes + arm.generate_peak(prompt, session.new_tokens)
     if recall:
@@ -76,3 +78,13 @@ def _finish(session: Session, arm: Arm, prompt: Tensor, samples: Sequence[Sample
             task.name: recall_score(arm.model, session.loaded.tokenizer, task, prompt.shape[1], case.recall_questions)
             for task in TASKS
         }
+
+
+def _token_floor(session: Session, arm: Arm, prompt: Tensor) -> float | None:
+    """The floor of a decode step half-way through the new tokens; None where it is not known how many are left."""
+    applied = arm.applied
+    if session.work is None or applied is None or "token_pruning" in applied:
+        return None
+    batch, length = prompt.shape
+    middle = length + session.new_tokens // 2
+    return decode_floor(session.work, applied, session.machine, batch=batch, context=middle)

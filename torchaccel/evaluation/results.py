@@ -58,10 +58,9 @@ class Result:
 
     @property
     def roofline_fraction(self) -> float | None:
-        """Floor over measured median: 1 is the limit of the machine."""
-        if self.bound_ms is None or self.ms is None:
-            return None
-        return self.bound_ms / self.ms.median
+        """Floor over measured median, of a token where a whole generation was timed: 1 is the limit of the machine."""
+        timed = self.ms or self.tpot_ms
+        return None if self.bound_ms is None or timed is None else self.bound_ms / timed.median
 
     def fail(self, error: Exception) -> None:
         """Record that this variant could not run, and why, in one line."""

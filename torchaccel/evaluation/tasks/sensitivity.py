@@ -20,12 +20,12 @@ def one_layer_at_a_time(options: Mapping[str, Any], layers: int) -> list[dict[st
     Raises ``ValueError`` when a method of ``options`` cannot be kept to single layers.
     """
     asked = requested(options)
+    layerwise = [m.name for methods in FAMILIES.values() for m in methods if "layers" in m.Options.model_fields]
     for family, method in asked.items():
-        if "layers" not in method:
-            known = [m.name for methods in FAMILIES.values() for m in methods if "layers" in m.Options.model_fields]
+        if method["method"] not in layerwise:
             raise ValueError(
                 f"{family} method {method['method']!r} treats no single layers, so it has no sensitivity by layer; "
-                f"these methods do: {', '.join(known)}"
+                f"these methods do: {', '.join(layerwise)}"
             )
     return [{family: method | {"layers": [layer]} for family, method in asked.items()} for layer in range(layers)]
 
