@@ -75,7 +75,8 @@ def evaluation_table(document: dict[str, Any]) -> Table:
     ]
     used = [(header, cells) for header, cells in columns if any(cell != "-" for cell in cells)]
     case, name = document["case"], document["model"]["name"]
-    title = f"{name}, windows of {case['window']}, prompt {case['prompt']}" if "window" in case else name
+    read = any(_detail(r, "perplexity", "window") for r in results)
+    title = f"{name}, windows of {case['window']}, prompt {case['prompt']}" if read else name
     rows = [(r["variant"], [cells[index] for _, cells in used]) for index, r in enumerate(results)]
     return comparison_table(title, [header for header, _ in used], rows)
 
@@ -106,7 +107,7 @@ def notes(document: dict[str, Any]) -> list[str]:
     lines = [f"{r['variant']} {r['status']}: {r['reason']}" for r in document["results"] if r["status"] != "ok"]
     lines += [line for r in document["results"] for line in _by_layer(r)]
     machine = document["machine"]
-    if machine["busy"]:
+    if machine["busy"] and any(r["ms"] or r["ttft_ms"] for r in document["results"]):
         lines.append(
             "Other processes used the machine during the timing (load average "
             f"{_number(machine['load_before'], 2)} before, {_number(machine['load_after'], 2)} after): repeat it on a "
