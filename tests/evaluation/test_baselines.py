@@ -106,7 +106,9 @@ def test_a_missing_package_is_a_reason_to_be_absent(tmp_path: Path, monkeypatch:
     assert kvpress["reason"] == "kvpress:snapkv does not apply to decode; it takes part in generate"
 
 
-@pytest.mark.skipif(not hf_quantized._importable("optimum.quanto"), reason="optimum-quanto is not installed")
+@pytest.mark.skipif(
+    hf_quantized.HFQuantized({"backend": "quanto"}).absent() is not None, reason="optimum-quanto is not installed"
+)
 def test_codes_scales_and_recent_tokens_are_counted() -> None:
     model = tiny_model()
     runner = runner_of(parse_baselines("hf_quantized")[0], "generate")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 import torchaccel
 from torchaccel.evaluation import evaluate as evaluation
+from torchaccel.evaluation.digests import weights_digest
 from torchaccel.evaluation.evaluate import run_evaluate
 from torchaccel.evaluation.evaluation import evaluation_variants, open_evaluation
 from torchaccel.evaluation.machine import Machine
@@ -44,10 +47,16 @@ def loaded() -> LoadedModel:
     return LoadedModel("tiny", tiny_model(), load_tokenizer(DEMO_MODEL))
 
 
-def run(loaded: LoadedModel, case: EvaluateCase, options: list[dict[str, Any]], journal: Path | None = None) -> Any:
+def run(
+    loaded: LoadedModel,
+    case: EvaluateCase,
+    options: list[dict[str, Any]],
+    journal: Path | None = None,
+    save: Callable[[Any], None] = lambda document: None,
+) -> Any:
     session = open_evaluation(loaded, case, MACHINE)
     session.probe_megabytes = 8
-    found = run_evaluate(case, [excerpt()], evaluation_variants(options), session, ["test"], journal)
+    found = run_evaluate(case, [excerpt()], evaluation_variants(options), session, ["test"], journal, save)
     check_document(found)
     json.dumps(found, allow_nan=False)
     return {result["variant"]: result for result in found["results"]}
@@ -98,6 +107,31 @@ def interrupt(*_args: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_run_that_has_nothing_left_to_do_tells_what_took_effect(loaded: LoadedModel, tmp_path: Path) -> None:
+    case, journal = replace(CASE, tasks=("perplexity",), windows=2), tmp_path / "journal"
+    options = [{"kv_compression": "int8"}]
+
+    def full(_document: Any) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match=r"no space left"):
+        run(loaded, case, options, journal, full)
+    assert len(journal.read_text().splitlines()) == 2, "what could not be saved is not thrown away"
+    torch._dynamo.reset()
+    found = run(loaded, case, options, journal)["torchaccel:int8"]
+    assert found["status"] == "ok", found["reason"]
+    assert set(found["effective"]) == {"int8"}
+    assert not journal.exists()
+
+
+def test_pieces_of_another_checkpoint_do_not_count(loaded: LoadedModel) -> None:
+    other = copy.deepcopy(loaded.model)
+    assert weights_digest(other) == weights_digest(loaded.model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.001)
+    assert weights_digest(other) != weights_digest(loaded.model)
+
+
 def test_a_method_without_single_layers_says_so(loaded: LoadedModel) -> None:
     case = EvaluateCase(tasks=("sensitivity",), window=48, prompt=32, windows=1, batch=1)
     found = run(loaded, case, [{"token_pruning": {"method": "fastv", "layer": 1}}])
@@ -145,6 +179,12 @@ def test_what_cannot_be_evaluated_is_an_error(loaded: LoadedModel) -> None:
     with pytest.raises(ValueError, match=r"a question of eight_facts needs \d+ tokens and 64 were allowed"):
         session = open_evaluation(loaded, CASE, MACHINE)
         run_evaluate(replace(CASE, lengths=(512, 64)), [excerpt()], evaluation_variants([]), session)
+    with pytest.raises(ValueError, match=r"'similarity' is not for a language model, whose tasks are perplexity"):
+        run(loaded, EvaluateCase(tasks=("similarity",)), [{}])
+    with pytest.raises(ValueError, match=r"'recall' is not for an encoder, whose tasks are similarity"):
+        EvaluateCase(tasks=("recall",)).for_model(encoder=True)
+    with pytest.raises(ValueError, match=r"there is no folder"):
+        run(loaded, CASE, [{}], Path("no-such-folder/journal"))
     with pytest.raises(ValueError, match=r"no tokenizer"):
         session = open_evaluation(LoadedModel("bare", loaded.model, None), CASE, MACHINE)
         run_evaluate(CASE, ["x"], evaluation_variants([]), session)

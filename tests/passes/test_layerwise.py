@@ -8,28 +8,10 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torchaccel.passes.layerwise import LayerwiseOptions
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import torchaccel
+from tests.models.families import build
 from torchaccel.errors import OptionsError
-
-
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-        max_position_embeddings=256,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
 
 TOKENS = torch.arange(1, 41)[None]
 
@@ -50,7 +32,7 @@ def test_all_layers_by_default_and_negative_ones_from_the_last() -> None:
     ids=["int8", "streaming_llm"],
 )
 def test_only_the_named_layer_is_treated(options: dict) -> None:
-    report = torchaccel.explain(model(), TOKENS, options=options)
+    report = torchaccel.explain(build("llama"), TOKENS, options=options)
     treated = [r for r in report.records[0].passes if r.fidelity.value == "approx"]
     assert [len(r.sites) for r in treated] == [1]
     assert "layers.1" in treated[0].sites[0]
@@ -59,7 +41,7 @@ def test_only_the_named_layer_is_treated(options: dict) -> None:
 def test_skipping_is_kept_to_the_named_layers() -> None:
     def skipped(**more: object) -> list[str]:
         options = {"layer_skipping": {"method": "unified", "target_speedup": 1.5, **more}}
-        passes = torchaccel.explain(model(), TOKENS, options=options).records[0].passes
+        passes = torchaccel.explain(build("llama"), TOKENS, options=options).records[0].passes
         return next(result.sites for result in passes if result.name == "unified")
 
     assert [name.rpartition(".")[2] for name in skipped()] == ["1"]
@@ -71,13 +53,13 @@ def test_a_layer_there_is_not_is_declined_with_the_number() -> None:
     options = {"kv_compression": {"method": "int8", "layers": [7]}}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = torchaccel.explain(model(), TOKENS, options=options)
+        report = torchaccel.explain(build("llama"), TOKENS, options=options)
     assert any("layer 7 of 3" in line for line in report.declines)
     assert any("layer 7 of 3" in str(warning.message) for warning in caught)
     with pytest.raises(BackendCompilerFailed, match=r"DeclinedError.*\n*.*layer 7 of 3"):
-        torchaccel.explain(model(), TOKENS, options=options | {"strict": True})
+        torchaccel.explain(build("llama"), TOKENS, options=options | {"strict": True})
 
 
 def test_layers_must_be_numbers() -> None:
     with pytest.raises(OptionsError, match=r"kv_compression.layers"):
-        torchaccel.explain(model(), TOKENS, options={"kv_compression": {"method": "int8", "layers": "first"}})
+        torchaccel.explain(build("llama"), TOKENS, options={"kv_compression": {"method": "int8", "layers": "first"}})

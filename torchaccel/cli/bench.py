@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import deliver, progress_bar, results_console, streams, usage_errors
+from .console import deliver, interruptible, progress_bar, show, streams, usage_errors
 from .parameters import (
     Baselines,
     Batch,
@@ -136,7 +136,7 @@ def _bench(
     from ..evaluation.case import Case
     from ..evaluation.results import exit_code, write_document
     from ..evaluation.runners import parse_baselines
-    from ..evaluation.tables import notes, results_table
+    from ..evaluation.tables import results_table
     from ..evaluation.variants import parse_options
 
     path = None if json_out in (None, "-") else Path(str(json_out))
@@ -148,18 +148,11 @@ def _bench(
             asked = Case(kind, **case)
             extra = [parse_options(text) for text in options or []]
             variants = [*parse_baselines(baselines, kind), *default_variants(asked, extra)]
-            try:
-                with progress_bar(console) as progress:
-                    found = run_bench(asked, variants, Setup(**setup), command, progress, save)
-            except KeyboardInterrupt:
-                kept = f"; {path} holds the variants that were finished" if path else ""
-                console.print(f"interrupted{kept}", highlight=False)
-                raise typer.Exit(130) from None
+            kept = f"{path} holds the variants that were finished" if path else ""
+            with interruptible(console, kept), progress_bar(console) as progress:
+                found = run_bench(asked, variants, Setup(**setup), command, progress, save)
         if json_out != "-":
-            out = results_console(stdout)
-            out.print(results_table(found))
-            for line in notes(found):
-                out.print(line, highlight=False)
+            show(found, results_table(found), stdout)
         deliver(found, json_out, stdout)
         deliver_html([found], html)
     raise typer.Exit(exit_code(found["results"]))

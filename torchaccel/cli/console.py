@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
+from rich.table import Table
 
 
 def deliver(found: dict[str, Any], json_out: str | None, stdout: TextIO) -> None:
+    """Write a document to where ``--json`` says, if anywhere."""
     from ..evaluation.results import write_document
 
     if json_out == "-":
@@ -53,6 +55,26 @@ def streams(json_out: str | None) -> Iterator[tuple[TextIO, Console]]:
 def results_console(stdout: TextIO) -> Console:
     """A console for tables on ``stdout``: as wide as the terminal, or wide enough for any table where there is none."""
     return Console(file=stdout, width=None if stdout.isatty() else 160)
+
+
+def show(found: dict[str, Any], table: Table, stdout: TextIO) -> None:
+    """Print a document's table and what the table cannot say."""
+    from ..evaluation.tables import notes
+
+    out = results_console(stdout)
+    out.print(table)
+    for line in notes(found):
+        out.print(line, highlight=False)
+
+
+@contextlib.contextmanager
+def interruptible(console: Console, kept: str) -> Iterator[None]:
+    """Turn Ctrl-C into exit code 130 and a line that says what was ``kept``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted{kept and f'; {kept}'}", highlight=False)
+        raise typer.Exit(130) from None
 
 
 @contextlib.contextmanager

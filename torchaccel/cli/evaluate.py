@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import deliver, progress_bar, results_console, streams, usage_errors
-from .parameters import Cold, Device, Dtype, HtmlOut, JsonOut, Options
+from .console import deliver, interruptible, progress_bar, show, streams, usage_errors
+from .parameters import Device, Dtype, HtmlOut, JsonOut, Options
 from .report import deliver_html, prepare_html
 
 
@@ -20,8 +21,12 @@ def evaluate(
     ] = None,
     options: Options = None,
     tasks: Annotated[
-        str, typer.Option(help="Of perplexity, agreement, recall, ruler, sensitivity, similarity; comma-separated.")
-    ] = "perplexity,agreement,recall",
+        str,
+        typer.Option(
+            help="Of perplexity, agreement, recall, ruler, sensitivity, or similarity for encoders; comma-separated "
+            "[perplexity,agreement,recall]."
+        ),
+    ] = "",
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 1024,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a window that are read at once, the prompt.")] = 256,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text at most.")] = 16,
@@ -37,7 +42,6 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    cold: Cold = False,
 ) -> None:
     """What options cost in fidelity, beside what they gain: everything compared with the float32 eager model."""
     from ..evaluation.bench import resolve_device, resolve_dtype
@@ -47,7 +51,7 @@ def evaluate(
     from ..evaluation.models import load_model
     from ..evaluation.prompts import excerpt
     from ..evaluation.results import exit_code
-    from ..evaluation.tables import evaluation_table, notes
+    from ..evaluation.tables import evaluation_table
     from ..evaluation.tasks.run import EvaluateCase
     from ..evaluation.texts import read_texts
     from ..evaluation.variants import parse_options
@@ -55,6 +59,7 @@ def evaluate(
     if journal is None and json_out not in (None, "-"):
         journal = Path(f"{json_out}.partial")
     with streams(json_out) as (stdout, console):
+        save = partial(deliver, json_out=json_out, stdout=stdout)
         with usage_errors(console):
             prepare_html(html)
             case = EvaluateCase(
@@ -72,20 +77,13 @@ def evaluate(
             texts = [excerpt()] if text is None else read_texts(text)
             where = resolve_device(device)
             loaded = load_model(model, dtype=resolve_dtype(dtype), device=str(where))
-            with progress_bar(console) as progress:
-                session = open_evaluation(loaded, case, measure_machine(where), progress, "cold" if cold else "warm")
-                try:
-                    found = run_evaluate(case, texts, variants, session, ["torchaccel", *sys.argv[1:]], journal)
-                except KeyboardInterrupt:
-                    again = f"; {journal} keeps what is finished, the same command goes on" if journal else ""
-                    console.print(f"interrupted{again}", highlight=False)
-                    raise typer.Exit(130) from None
+            kept = f"{journal} keeps what is finished, the same command goes on" if journal else ""
+            with interruptible(console, kept), progress_bar(console) as progress:
+                session = open_evaluation(loaded, case, measure_machine(where), progress)
+                command = ["torchaccel", *sys.argv[1:]]
+                found = run_evaluate(case, texts, variants, session, command, journal, save)
         if json_out != "-":
-            out = results_console(stdout)
-            out.print(evaluation_table(found))
-            for line in notes(found):
-                out.print(line, highlight=False)
-        deliver(found, json_out, stdout)
+            show(found, evaluation_table(found), stdout)
         deliver_html([found], html)
     raise typer.Exit(exit_code(found["results"]))
 

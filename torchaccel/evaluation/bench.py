@@ -14,7 +14,7 @@ from .attention import run_attention
 from .decode import run_decode
 from .generation import run_generate
 from .machine import measure_machine, versions
-from .models import load_model
+from .models import is_encoder, load_model
 from .prefill import run_prefill
 from .prompts import prompt_tokens
 from .recall import TASKS, make_question
@@ -100,6 +100,8 @@ def open_session(case: Case, setup: Setup, progress: Progress | None = None) -> 
     watch = LoadWatch()
     device = resolve_device(setup.device)
     loaded = load_model(setup.model, dtype=resolve_dtype(setup.dtype), device=str(device))
+    if is_encoder(loaded.model):
+        raise ValueError(f"model {setup.model!r} is an encoder and generates nothing to time; use torchaccel evaluate")
     machine = measure_machine(device, megabytes=setup.probe_megabytes, gemm_size=setup.probe_gemm)
     caches = "cold" if setup.cold else "warm"
     return Session(loaded, machine, case, device, caches, setup.probe_megabytes, progress or Silent(), watch)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .arms import Arm
 from .bench import session_document
+from .digests import text_digest, weights_digest
+from .fidelity import truth_of
 from .ledger import Ledger
 from .machine import versions
 from .models import is_encoder
 from .results import Result
 from .session import Session, fresh_compilers
 from .tasks.continuation import TIMED_CALLS, measure_continuation
-from .tasks.likelihood import measure_likelihood, truth_of
+from .tasks.likelihood import measure_likelihood
 from .tasks.retrieval import check_lengths, measure_retrieval, retrieval_tasks
 from .tasks.run import EvaluateCase, Run
 from .tasks.sensitivity import measure_sensitivity
@@ -33,22 +36,28 @@ def run_evaluate(
     session: Session,
     command: Sequence[str] = (),
     journal: Path | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
     """Evaluate ``variants`` of the session's model on ``texts`` and return the results document.
 
     ``journal`` keeps finished pieces, so that the same call after an interruption goes on where it was; it is removed
-    at the end. Raises ``ValueError`` for what cannot be evaluated: too little text, a model without a tokenizer.
+    once ``save`` has taken the document. Raises ``ValueError`` for what cannot be evaluated: too little text, a model
+    without a tokenizer, a task for another kind of model.
     """
-    if session.loaded.tokenizer is None:
-        raise ValueError(f"model {session.loaded.name!r} has no tokenizer, and evaluation reads text")
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    context = {"case": case.to_dict(), "text": digest, "model": session.facts.to_dict(), "versions": versions()}
-    run = Run(session, case, Ledger(journal, context), truth_of(session.loaded.model), texts)
-    with fresh_compilers(cold=session.caches == "cold"):
-        results = _evaluate_encoder(run, variants) if is_encoder(session.loaded.model) else _evaluate_lm(run, variants)
-    document = session_document(session, results, command)
+    loaded = session.loaded
+    if loaded.tokenizer is None:
+        raise ValueError(f"model {loaded.name!r} has no tokenizer, and evaluation reads text")
+    encoder = is_encoder(loaded.model)
+    case = case.for_model(encoder=encoder)
+    context = {"case": case.to_dict(), "text": text_digest(texts), "model": session.facts.to_dict()}
+    context |= {"weights": weights_digest(loaded.model), "versions": versions()}
+    run = Run(session, case, Ledger(journal, context), truth_of(loaded.model), texts)
+    with fresh_compilers(cold=False):
+        results = _evaluate_encoder(run, variants) if encoder else _evaluate_lm(run, variants)
+    document = session_document(session, results, command) | {"case": case.to_dict()}
+    save(document)
     run.ledger.close()
-    return document | {"case": case.to_dict()}
+    return document
 
 
 def _evaluate_lm(run: Run, variants: Sequence[Variant]) -> list[Result]:
@@ -74,9 +83,12 @@ def _evaluate_lm(run: Run, variants: Sequence[Variant]) -> list[Result]:
         measure_retrieval(run, arms, task)
     single = {variant.label: arms[variant.label] for variant in treated if variant.label in arms}
     run.pieces(single, lambda arm: measure_sensitivity(run, arm), "layer by layer")
-    if set(case.tasks) != {"sensitivity"}:  # whose models are compiled for it alone
-        for arm in arms.values():
-            _describe(arm)
+    # Whose work was all done before an interruption compiles again, so that it can be described.
+    idle = {label: arm for label, arm in arms.items() if label not in run.ran}
+    prompt = torch.ones(case.batch, case.prompt, dtype=torch.long, device=session.device)
+    run.pieces(idle, lambda arm: arm.generate(prompt, 2), "compiling")
+    for arm in arms.values():
+        _describe(arm)
     return results
 
 

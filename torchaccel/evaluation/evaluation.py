@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from .case import Case
 from .evaluate import run_evaluate
 from .machine import measure_machine
 from .models import LoadedModel
+from .results import write_document
 from .session import Progress, Session, Silent
 from .tables import evaluation_table, notes
 from .tasks.continuation import TIMED_CALLS
@@ -35,7 +35,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write the document as JSON."""
-        Path(path).write_text(json.dumps(self.document, indent=2) + "\n", encoding="utf-8")
+        write_document(self.document, Path(path))
 
     def __rich__(self) -> Table:
         return evaluation_table(self.document)
@@ -89,10 +89,8 @@ def evaluation_variants(options: Sequence[Mapping[str, Any]]) -> list[Variant]:
     return [Variant("eager", "eager"), *torchaccel_variants(options)]
 
 
-def open_evaluation(
-    loaded: LoadedModel, case: EvaluateCase, machine: Any, progress: Progress | None = None, caches: str = "warm"
-) -> Session:
+def open_evaluation(loaded: LoadedModel, case: EvaluateCase, machine: Any, progress: Progress | None = None) -> Session:
     """A session that times ``generate`` as an evaluation does."""
     timed = Case("evaluate", case.prompt, case.batch, case.new_tokens, rounds=TIMED_CALLS, warmup=0)
     device = next(loaded.model.parameters()).device
-    return Session(loaded, machine, timed, device, caches=caches, progress=progress or Silent())
+    return Session(loaded, machine, timed, device, caches="warm", progress=progress or Silent())

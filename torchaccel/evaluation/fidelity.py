@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,11 +28,20 @@ def float32_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float()
 
 
+def truth_of(model: nn.Module) -> nn.Module:
+    """The float32 model that ``model`` is compared with: itself, or a copy."""
+    return model if next(model.parameters()).dtype == torch.float32 else float32_copy(model)
+
+
+def prefixes(tokens: Tensor, reference: Tensor) -> list[int]:
+    """For every row of two ``[B, n]`` tensors the number of leading tokens that are equal."""
+    length = min(tokens.shape[1], reference.shape[1])
+    return (tokens[:, :length] == reference[:, :length]).long().cumprod(1).sum(1).tolist()
+
+
 def greedy_prefix(tokens: Tensor, reference: Tensor) -> int:
     """Number of leading tokens on which every row of two ``[B, n]`` tensors agrees."""
-    length = min(tokens.shape[1], reference.shape[1])
-    same = (tokens[:, :length] == reference[:, :length]).all(0)
-    return int(same.long().cumprod(0).sum())
+    return min(prefixes(tokens, reference))
 
 
 def equal_share(tokens: Tensor, reference: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ class Ledger:
     """Results by the JSON that describes how they came about; kept in a JSON-lines file, or in memory for None.
 
     A piece counts as done only if everything that describes it, ``context`` included, is the same. A line that was cut
-    off by an interruption is skipped.
+    off by an interruption is skipped. Raises ``ValueError`` for a folder there is not; a disk that fills up later costs
+    the file, with a warning, not the work.
     """
 
     def __init__(self, path: Path | None, context: Mapping[str, Any]) -> None:
         self.path = path
         self._context = dict(context)
         self._done: dict[str, Any] = {}
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written, there is no folder {path.parent}; make it first")
         if path is not None and path.exists():
             self._read(path)
 
@@ -28,15 +32,23 @@ class Ledger:
         key = self._key(piece)
         if key not in self._done:
             self._done[key] = compute()
-            if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "piece": dict(piece), "result": self._done[key]}) + "\n")
+            self._append({"key": key, "piece": dict(piece), "result": self._done[key]})
         return self._done[key]
 
     def close(self) -> None:
         """Everything is done and delivered elsewhere: remove the file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            warnings.warn(f"{self.path} keeps no more finished pieces ({error}); the evaluation goes on", stacklevel=2)
+            self.path = None
 
     def _key(self, piece: Mapping[str, Any]) -> str:
         text = json.dumps([self._context, dict(piece)], sort_keys=True)

@@ -87,11 +87,12 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cp
             f"model {name!r} is none of demo, llama-110m and minilm, and {folder} holds no config.json; "
             "give one of the names or a folder in the Hugging Face format"
         )
-    names = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures or ["ForCausalLM"]
-    loader = transformers.AutoModel
-    for kind in ("ForCausalLM", "ForSequenceClassification"):
-        if names[0].endswith(kind):
-            loader = getattr(transformers, f"AutoModel{kind}")
+    architectures = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures or [""]
+    loader = transformers.AutoModelForCausalLM
+    if architectures[0].endswith("ForSequenceClassification"):
+        loader = transformers.AutoModelForSequenceClassification
+    elif architectures[0].endswith(("Model", "ForMaskedLM")):
+        loader = transformers.AutoModel
     model = loader.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     return LoadedModel(name, model.to(device).eval(), load_tokenizer(folder))
 

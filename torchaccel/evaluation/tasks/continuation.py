@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arms import Arm
+from ..fidelity import prefixes
 from ..generate import Sample, generate
 from ..timing import Spread
 from .run import Run
@@ -20,11 +21,6 @@ TIMED_CALLS = 3
 def continuation(model: Any, prompts: Tensor, new_tokens: int) -> Tensor:
     """The ``new_tokens`` greedy tokens ``[B, new_tokens]`` after ``prompts`` ``[B, S]``."""
     return generate(model, prompts, new_tokens).sequences[:, prompts.shape[1] :]
-
-
-def prefixes(tokens: Tensor, reference: Tensor) -> list[int]:
-    """For every row of two ``[B, n]`` tensors the number of leading tokens that are equal."""
-    return (tokens == reference).long().cumprod(1).sum(1).tolist()
 
 
 def summarise_prefixes(lengths: list[int], new_tokens: int) -> dict[str, Any]:

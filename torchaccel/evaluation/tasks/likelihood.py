@@ -13,7 +13,7 @@ from math import exp, log
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arms import Arm
 from ..generate import generate
@@ -137,13 +137,6 @@ def summarise(batches: list[dict[str, Any]], bytes_per_token: float, prompt: int
         "buckets": buckets,
     }
     return fidelity, details
-
-
-def truth_of(model: nn.Module) -> nn.Module:
-    """The model that everything is compared with: ``model`` itself in float32, or a copy of it."""
-    from ..fidelity import float32_copy
-
-    return model if next(model.parameters()).dtype == torch.float32 else float32_copy(model)
 
 
 def measure_likelihood(run: Run, arms: Mapping[str, Arm]) -> None:

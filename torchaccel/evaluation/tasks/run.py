@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,18 +14,20 @@ from ..ledger import Ledger
 from ..session import Session
 
 READING = ("perplexity", "agreement", "sensitivity")
-TASK_NAMES = (*READING, "recall", "ruler", "similarity")
+LANGUAGE = (*READING, "recall", "ruler")
+ENCODER = ("similarity",)
 
 
 @dataclass(frozen=True)
 class EvaluateCase:
     """What is evaluated: ``windows`` of ``window`` tokens, the first ``prompt`` of each read at once, ``batch`` a time.
 
+    ``tasks``: of LANGUAGE for a language model, of ENCODER for an encoder; none stands for the usual ones of the model.
     ``new_tokens`` are generated for the greedy prefix and the timing. ``lengths`` and ``questions``: of the retrieval
     tasks. ``text``: what the texts are called in the document.
     """
 
-    tasks: tuple[str, ...] = ("perplexity", "agreement", "recall")
+    tasks: tuple[str, ...] = ()
     window: int = 1024
     prompt: int = 256
     windows: int = 16
@@ -36,11 +38,21 @@ class EvaluateCase:
     text: str = "excerpt"
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.tasks if name not in TASK_NAMES]
+        known = (*LANGUAGE, *ENCODER)
+        unknown = [name for name in self.tasks if name not in known]
         if unknown:
-            raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(TASK_NAMES)}")
+            raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(known)}")
         if not 0 < self.prompt < self.window:
             raise ValueError(f"a prompt of {self.prompt} tokens must be shorter than the window of {self.window}")
+
+    def for_model(self, *, encoder: bool) -> EvaluateCase:
+        """The case with the tasks of its kind of model; raises ``ValueError`` for a task of the other kind."""
+        usual, allowed = (ENCODER, ENCODER) if encoder else (("perplexity", "agreement", "recall"), LANGUAGE)
+        wrong = [name for name in self.tasks if name not in allowed]
+        if wrong:
+            kind = "an encoder" if encoder else "a language model"
+            raise ValueError(f"task {wrong[0]!r} is not for {kind}, whose tasks are {', '.join(allowed)}")
+        return replace(self, tasks=self.tasks or usual)
 
     def to_dict(self) -> dict[str, Any]:
         """The case as the results document names it."""
@@ -64,6 +76,8 @@ class Run:
     texts: Sequence[str]
     windows: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     bytes_per_token: float = 1.0
+    # Labels of the variants that did work in this process, not all of it remembered from an earlier one.
+    ran: set[str] = field(default_factory=set)
 
     def pieces(self, arms: Mapping[str, Arm], work: Callable[[Arm], Any], doing: str) -> dict[str, Any]:
         """``work`` of every arm by label; an arm whose work raises is recorded as failed and left out."""
@@ -96,4 +110,9 @@ class Run:
     def remember(self, arm: Arm, task: str, compute: Callable[[], Any], **piece: Any) -> Any:
         """What ``compute`` gives for one piece of a variant's work, from the ledger where it was finished before."""
         described = {"options": arm.variant.options, "kind": arm.variant.kind, "task": task, **piece}
-        return self.ledger.work(described, compute)
+
+        def work() -> Any:
+            self.ran.add(arm.variant.label)
+            return compute()
+
+        return self.ledger.work(described, work)

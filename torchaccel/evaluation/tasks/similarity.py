@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +67,7 @@ def measure_similarity(run: Run, arms: Mapping[str, Arm]) -> None:
     tokenizer = run.session.loaded.tokenizer
 
     def compare(arm: Arm) -> dict[str, Any]:
-        compute = partial(similarity, arm.model, run.truth, tokenizer, texts)
-        return dict(run.remember(arm, "similarity", compute))
+        return similarity(arm.model, run.truth, tokenizer, texts)
 
     for label, found in run.pieces(arms, compare, "embedding paragraphs").items():
         result = arms[label].result
