@@ -39,7 +39,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The measurements of the README, one document each; run it on a machine that does nothing else.
+# The measurements of the README, one document each; run it on a machine that does nothing else, after `make peers`
+# (without, the baselines it installs are listed as absent).
 bench: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/torchaccel bench decode --model llama-110m --context 32768 --json $(RESULTS)/decode-32k.json
