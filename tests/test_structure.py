@@ -24,7 +24,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torchaccel.graph": ("torchaccel.errors",),
     "torchaccel.errors": (),
     "torchaccel.runtime": ("torchaccel.kernels", "torchaccel.errors"),
-    "torchaccel.passes": ("torchaccel.graph", "torchaccel.runtime", "torchaccel.kernels", "torchaccel.errors"),
+    "torchaccel.cost": ("torchaccel.kernels", "torchaccel.errors"),
+    "torchaccel.passes": (
+        "torchaccel.graph",
+        "torchaccel.runtime",
+        "torchaccel.cost",
+        "torchaccel.kernels",
+        "torchaccel.errors",
+    ),
 }
 TOP = ("torchaccel.cli", "torchaccel.evaluation")
 

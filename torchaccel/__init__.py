@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchaccel.api import compile, explain, report
     from torchaccel.evaluation.evaluation import evaluate
+    from torchaccel.prediction import predict
     from torchaccel.runtime.kv import kv_bytes, to_dense
 
-__all__ = ["compile", "evaluate", "explain", "kv_bytes", "report", "to_dense"]
+__all__ = ["compile", "evaluate", "explain", "kv_bytes", "predict", "report", "to_dense"]
 __version__ = "0.1.0"
 
 
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from torchaccel.evaluation.evaluation import evaluate
 
         return evaluate
+    if name == "predict":
+        from torchaccel.prediction import predict
+
+        return predict
     if name in ("kv_bytes", "to_dense"):
         from torchaccel.runtime import kv
 

@@ -1,0 +1,63 @@
+"""The symbols in which work is expressed, and their values for a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from ..kernels.spec import DTYPES, AttentionSpec
+from .shape import AttentionShape, LinearShape
+
+# Attention: batch rows, query heads, KV heads, new tokens, stored tokens, head dimension (keys' and values' mean),
+# share of the (query, key) pairs that is read, bits of a stored number with its share of scales, bytes of a number in
+# full precision, tokens of the full-precision tail. P: processors.
+B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, P = sympy.symbols(
+    "B H_q H_kv S_q S_kv D density bits width tail P", positive=True
+)
+# Linear layers: rows of x, its width, the results' widths together, how many matrices.
+M, K, N, matrices = sympy.symbols("M K N matrices", positive=True)
+
+ATTENTION: tuple[Any, ...] = (B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, P)
+LINEAR: tuple[Any, ...] = (M, K, N, matrices, width, P)
+
+
+def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int) -> tuple[float, ...]:
+    """The values of ``ATTENTION``, in order."""
+    keys, values = spec.key_format, spec.value_format
+    dim = (keys.head_dim + values.head_dim) / 2
+    size = DTYPES[spec.dtype].itemsize
+    # On average half of a block waits in the tail for the rest.
+    waiting = max((fmt.window + fmt.block / 2 for fmt in (keys, values) if fmt.is_quantised), default=0.0)
+    stored = 8 * (keys.token_bytes + values.token_bytes) / (2 * dim)
+    seen = visible_share(spec, shape)
+    heads = shape.kv_heads * spec.group
+    return (
+        shape.batch, heads, shape.kv_heads, shape.queries, shape.tokens, dim, seen, stored, size, waiting, processors,
+    )  # fmt: skip
+
+
+def linear_values(width_: int, shape: LinearShape, processors: int) -> tuple[float, ...]:
+    """The values of ``LINEAR``, in order; ``width_`` is the bytes of a number."""
+    return shape.rows, shape.inputs, sum(shape.outputs), len(shape.outputs), width_, processors
+
+
+def visible_share(spec: AttentionSpec, shape: AttentionShape) -> float:
+    """Share of the ``queries x tokens`` pairs that the spec's causal mask and window let a kernel read."""
+    if shape.density is not None:
+        return shape.density
+    pairs = visible_pairs(shape.queries, shape.tokens, spec.causal, spec.window, spec.sinks)
+    return pairs / (shape.queries * shape.tokens)
+
+
+def visible_pairs(queries: int, tokens: int, causal: bool, window: int | None, sinks: int) -> float:
+    """(query, key) pairs that are read by the last ``queries`` of ``tokens`` columns."""
+    if not causal and window is None:
+        return float(queries * tokens)
+
+    def up_to(count: int) -> float:
+        """Pairs of the first ``count`` columns, each seeing itself and what is before it within its window."""
+        seen = count if window is None else min(count, window + sinks)
+        return seen * (seen + 1) / 2 + (count - seen) * seen
+
+    return up_to(tokens) - up_to(tokens - queries)

@@ -1,0 +1,83 @@
+"""What methods change about the work of a model: layers that run, tokens that are read, how a cache is stored.
+
+Options are canonical here: family -> {"method": name, every parameter}, as ``torchaccel.options`` resolves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernels.spec import BITS, AttentionSpec, KVFormat
+from .symbols import visible_pairs
+
+Methods = Mapping[str, Mapping[str, Any]]
+
+KNOWN_METHODS = {
+    "layer_skipping": ("unified",),
+    "token_pruning": ("fastv",),
+    "kv_compression": tuple(BITS),
+    "sparse_attention": ("streaming_llm",),
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The effect of a set of methods on a decoder; without methods it is the exact model's."""
+
+    methods: Methods
+
+    @property
+    def unknown(self) -> list[str]:
+        """What of the methods is not modelled, as "family: method"; nothing may be predicted then."""
+        asked = {family: self.methods[family] for family in KNOWN_METHODS if family in self.methods}
+        return [
+            f"{family}: {method['method']}" + (" on some of the layers" if method.get("layers") is not None else "")
+            for family, method in asked.items()
+            if method["method"] not in KNOWN_METHODS[family] or method.get("layers") is not None
+        ]
+
+    def decode_layers(self, layers: int) -> int:
+        """How many of ``layers`` run for a new token."""
+        method = self.methods.get("layer_skipping")
+        return layers if method is None else max(2, int(layers / method["target_speedup"]))
+
+    def prompt_lengths(self, layers: int, context: int) -> list[tuple[int, int]]:
+        """(tokens, layers) of the parts of the depth: token pruning shortens the later one."""
+        method = self.methods.get("token_pruning")
+        if method is None:
+            return [(context, layers)]
+        first = min(method["layer"], layers)
+        return [(context, first), (max(1, round(context * method["keep"])), layers - first)]
+
+    @property
+    def window(self) -> tuple[int | None, int]:
+        """Window and sinks of sparse attention; (None, 0) for attention to everything."""
+        method = self.methods.get("sparse_attention")
+        return (None, 0) if method is None or "window" not in method else (method["window"], method["sinks"])
+
+    def visible(self, tokens: int) -> int:
+        """How many of ``tokens`` stored ones a new token reads."""
+        window, sinks = self.window
+        return tokens if window is None else min(tokens, window + sinks)
+
+    def visible_pairs(self, tokens: int) -> int:
+        """(query, key) pairs that causal attention of a prompt of ``tokens`` computes."""
+        return int(visible_pairs(tokens, tokens, True, *self.window))
+
+    def formats(self, dtype: str, head_dim: int) -> tuple[KVFormat, KVFormat]:
+        """How keys and values are stored."""
+        method = self.methods.get("kv_compression")
+        if method is None:
+            return KVFormat("dense", dtype, head_dim), KVFormat("dense", dtype, head_dim)
+        name = method["method"]
+        chosen = {key: method[key] for key in ("block", "group", "window") if method.get(key) is not None}
+        keys = KVFormat(name, dtype, head_dim, "channel", packing="channel", **chosen)
+        return keys, KVFormat(name, dtype, head_dim, "token", packing="token", **chosen)
+
+    def spec(self, phase: Any, dtype: str, head_dim: int, group: int) -> AttentionSpec:
+        """The attention of one layer; a prompt attends over its own keys and values, which are in full precision."""
+        formats = self.formats(dtype, head_dim) if phase == "decode" else Traffic({}).formats(dtype, head_dim)
+        window, sinks = self.window
+        return AttentionSpec(phase, head_dim, group, dtype, *formats, head_dim**-0.5, window=window, sinks=sinks)
