@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -11,14 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import kv_format
-from ..spec import AttentionSpec
-from .source import load, padded, render
-from .tiles import PRECISION, DecodeConfig, decode_config, device_facts, max_rows, split_count
-from .units import buffer_strides, mask_strides, rows_in_units, stride_unit
+from ..spec import AttentionSpec, KVFormat
+from .decode_source import (
+    completion_parameters,
+    generate,
+    parameters,
+    quantised_format,
+    skips_window,
+    weigh_parameters,
+    widest_tile,
+)
+from .source import load, padded
+from .tiles import PRECISION, DecodeConfig, decode_config, device_facts, max_rows, split_count, stream_tiles
+from .units import buffer_strides, mask_strides, rows_in_units
 
 MAX_NEW_TOKENS = 16
-# Tokens of an int8 block.
-BLOCK = 64
 
 
 def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
@@ -35,12 +43,12 @@ def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
             return f"an empty {name} format holds nothing to attend to"
         if (fmt.dtype, fmt.head_dim) != (spec.dtype, spec.head_dim):
             return f"the {name} format must have the dtype and head dimension of the queries"
-        if fmt.kind == "int8" and fmt.block != BLOCK:
-            return f"int8 blocks of {BLOCK} tokens, not {fmt.block}"
-    if keys.kind == "int8" and keys.axis != "channel":
-        return "int8 keys with one scale per channel, not per token"
-    if values.kind == "int8" and values.axis != "token":
-        return "int8 values with one scale per token, not per channel"
+        if fmt.is_quantised and (reason := _refuses(fmt)):
+            return f"{name} {reason}"
+    if keys.is_quantised and values.is_quantised and (keys.block, keys.window) != (values.block, values.window):
+        return "quantised keys and values must have the same block and window"
+    if spec.index == "blocks" and (spec.index_block < 16 or spec.index_block % 16):
+        return f"lists of blocks of a multiple of 16 slots, not {spec.index_block}"
     if padded(spec.group * new_tokens) > max_rows(spec):
         return (
             f"one program holds {max_rows(spec)} query rows of a KV head at head dimension {spec.head_dim}; "
@@ -53,67 +61,34 @@ def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
     return None
 
 
-def parameters(spec: AttentionSpec, append: bool) -> list[str]:
-    """Run-time parameters of the generated ``attend``, in order."""
-    names = ["q", "k_buf", "v_buf", "dst", "start", "end", "logical", "q_b", "q_h", "q_t", "k_b", "k_h", "v_b", "v_h"]
-    if append:
-        names += ["k_new", "v_new", "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"]
-    if spec.mask != "none":
-        names += ["mask", "mask_b", "mask_h", "mask_q", "mask_c"]
-        if spec.sinks and spec.window is not None:
-            names += ["mask_columns"]
-    if spec.positions:
-        names += ["positions", "positions_b"]
-    return names
+def _refuses(fmt: KVFormat) -> str | None:
+    size = fmt.group_size
+    if fmt.block < 16 or fmt.block & (fmt.block - 1):
+        return f"blocks of a power of two tokens from 16 on, not {fmt.block}"
+    if fmt.axis == "channel" and (size < 16 or fmt.block % size):
+        return f"groups of tokens that divide the block and are multiples of 16, not {size}"
+    if fmt.axis == "token" and (fmt.head_dim % size or (size != fmt.head_dim and size & (size - 1))):
+        return f"groups of channels that are whole tokens or a power of two that divides them, not {size}"
+    return None
 
 
-def completion_parameters(spec: AttentionSpec) -> list[str]:
-    """Run-time parameters of the generated ``complete_block``, in order."""
-    names = ["k_buf", "v_buf", "end", "logical", "k_b", "k_h", "v_b", "v_h"]
-    names += ["k_new", "v_new", "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"]
-    return names + (["positions", "positions_b"] if spec.positions else [])
+def configs(spec: AttentionSpec) -> tuple[tuple[tuple[str, int | str], ...], ...]:
+    """The launch choices worth a try, the tables' own first: one step from it in each direction, each way to split."""
+    seed = _seed(spec)
+    found = [seed, replace(seed, split="stream"), replace(seed, split="single")]
+    widest = widest_tile(spec) or 128
+    for block_n in (seed.block_n // 2, seed.block_n * 2):
+        if 16 <= block_n <= widest:
+            found.append(replace(seed, block_n=block_n))
+    found += [replace(seed, warps=warps) for warps in (2, 4, 8) if warps != seed.warps]
+    found += [replace(seed, stages=stages) for stages in (1, 2, 3, 4) if abs(stages - seed.stages) == 1]
+    return tuple((("block_n", c.block_n), ("split", c.split), ("stages", c.stages), ("warps", c.warps)) for c in found)
 
 
-def has_blocks(spec: AttentionSpec) -> bool:
-    """Whether the keys or the values are stored as int8 blocks with a full-precision tail."""
-    return "int8" in (spec.key_format.kind, spec.value_format.kind)
-
-
-@lru_cache(maxsize=512)
-def generate(spec: AttentionSpec, append: bool = True) -> str:
-    """Triton source of ``spec``: kernels ``attend`` and ``merge``, and ``complete_block`` for int8 formats.
-
-    ``append`` False generates the variant for buffers that already hold the new tokens (static caches, and int8 caches
-    whose tail has just become a block): it writes nothing to them and skips tiles that a bool mask hides wholly.
-    """
-    tensors = {"q", "k_buf", "v_buf", "dst", "k_new", "v_new", "mask", "positions"}
-    keys, values = spec.key_format, spec.value_format
-
-    def scalars(names: list[str]) -> str:
-        # mask_c is nearly always 1 and never changes with the length: it may be specialised.
-        return ", ".join(f'"{name}"' for name in names if name not in tensors and name != "mask_c")
-
-    return render(
-        "decode_attention.py.jinja",
-        spec,
-        append=append,
-        parameters=parameters(spec, append),
-        scalars=scalars(parameters(spec, append)),
-        completion_parameters=completion_parameters(spec),
-        completion_scalars=scalars(completion_parameters(spec)),
-        positions=spec.positions,
-        key_int8=keys.kind == "int8",
-        value_int8=values.kind == "int8",
-        blocks=has_blocks(spec),
-        k_tail=keys.tail_bytes,
-        k_block=keys.block_bytes,
-        v_tail=values.tail_bytes,
-        v_block=values.block_bytes,
-        k_unit=stride_unit(keys),
-        v_unit=stride_unit(values),
-        ranges=spec.window is not None and not spec.positions,
-        skips_masked=spec.mask == "bool" and not append,
-    )
+def _seed(spec: AttentionSpec) -> DecodeConfig:
+    family, _ = device_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    config = decode_config(spec, family, padded(spec.group))
+    return replace(config, block_n=min(config.block_n, widest_tile(spec) or config.block_n))
 
 
 @dataclass(frozen=True)
@@ -121,6 +96,7 @@ class _Plan:
     """What every call with the same number of new tokens on the same device shares."""
 
     module: ModuleType
+    names: list[str]
     config: DecodeConfig
     rows: int
     processors: int
@@ -130,26 +106,37 @@ class _Plan:
 class DecodeAttention:
     """A decode attention kernel, called like the reference without its spec.
 
-    Raises ValueError for a spec that ``supports`` declines.
+    choices: fields of ``DecodeConfig`` that replace those of the tables.
+    Raises ValueError for a spec that ``supports`` declines, and for choices that do not fit it.
     """
 
-    def __init__(self, spec: AttentionSpec, config: DecodeConfig | None = None) -> None:
+    def __init__(self, spec: AttentionSpec, **choices: Any) -> None:
         if reason := supports(spec):
             raise ValueError(f"no Triton decode attention for this spec: {reason}")
+        if unknown := set(choices) - {field.name for field in fields(DecodeConfig)}:
+            raise ValueError(f"decode attention has no launch choice {', '.join(sorted(unknown))}")
+        block_n, widest = choices.get("block_n", 16), widest_tile(spec)
+        if block_n < 16 or block_n & (block_n - 1) or (widest is not None and block_n > widest):
+            limit = f" up to {widest}" if widest else ""
+            raise ValueError(f"block_n must be a power of two from 16 on{limit} for this spec, found {block_n}")
         self.spec = spec
-        self.config = config
-        self._blocks = has_blocks(spec)
+        self.choices = choices
+        self._quantised = quantised_format(spec)
         self._has_first_column = bool(spec.sinks) and spec.window is not None
         self._plans: dict[tuple[bool, int, torch.device], _Plan] = {}
 
     def _plan(self, append: bool, n: int, device: torch.device) -> _Plan:
-        spec = self.spec
-        family, processors = device_facts(device)
-        rows = padded(spec.group * n)
-        config = self.config or decode_config(spec, family, rows)
-        module = load(generate(spec, append), "decode_attention")
-        plan = _Plan(module, config, rows, processors, PRECISION[family])
-        self._plans[append, n, device] = plan
+        plan = self._plans.get((append, n, device))
+        if plan is None:
+            spec = self.spec
+            family, processors = device_facts(device)
+            rows = padded(spec.group * n)
+            config = replace(decode_config(spec, family, rows), **self.choices)
+            config = replace(config, block_n=min(config.block_n, widest_tile(spec) or config.block_n))
+            stream = config.split == "stream"
+            module = load(generate(spec, append, stream), "decode_attention")
+            plan = _Plan(module, parameters(spec, append, stream), config, rows, processors, PRECISION[family])
+            self._plans[append, n, device] = plan
         return plan
 
     def __call__(
@@ -162,117 +149,212 @@ class DecodeAttention:
         lens: Tensor,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
-        """Append ``k_new`` and ``v_new`` in place, then attend over everything stored.
+        index: Tensor | None = None,
+        head_windows: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Append ``k_new`` and ``v_new`` in place, then attend over everything stored, or what ``index`` lists.
 
         q: ``[B, H, Q, D]``; a Q that ``supports`` declines takes several launches. k_new, v_new: ``[B, H_kv, Q, D]``,
         or both None: the buffers already hold the tokens in slots ``start .. end`` (a static cache) and stay as they
         are. k_buf, v_buf: buffers of the spec's formats, slots contiguous. lens: int64 ``[3]`` on the CPU: first live
         slot, end of the filled slots, logical length, before the append. mask: ``[B | 1, H | 1, Q, columns]``, any
-        strides. positions: int32 ``[B, C]``, updated in place.
-        Returns ``[B, H, Q, D]``, contiguous, in q's dtype; rows that see no key are zero.
+        strides. positions: int32 ``[B, C]``, updated in place. index: int32 ``[B, H_kv, N]``. head_windows: int32
+        ``[H_kv]``.
+        Returns ``[B, H, Q, D]``, contiguous, in q's dtype (rows that see no key are zero), and behind it what the spec
+        asks for: log-sum-exp, float32 ``[B, H, Q]``, and mass, float32 ``[B, H_kv, C]``.
         """
         spec = self.spec
-        batch, heads, n, d = q.shape
-        if (mask is None) != (spec.mask == "none") or (positions is None) == spec.positions:
-            raise ValueError(f"mask and positions must be given exactly when the spec names them: {spec.key()}")
-        append = k_new is not None
-        plan = self._plans.get((append, n, q.device))
-        if plan is None:
-            if supports(spec, n):
-                return self._in_parts(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
-            plan = self._plan(append, n, q.device)
-        start, end, logical = lens.tolist()
-        kv_heads = heads // spec.group
-        buffers = buffer_strides(spec.key_format, k_buf)
-        buffers += buffer_strides(spec.value_format, v_buf)
-        stored = [] if positions is None else [positions, positions.stride(0)]
-        fresh: list[Any] = []
-        if k_new is not None and v_new is not None:
-            k_new, *k_strides = rows_in_units(k_new, d)
-            v_new, *v_strides = rows_in_units(v_new, d)
-            fresh = [k_new, v_new, *k_strides, *v_strides]
-
-        with torch.cuda.device_of(q):
-            if append and self._blocks and end % BLOCK + n >= BLOCK:
-                # Once in 64 tokens: quantising needs registers that the other steps should not pay for.
-                completion = [k_buf, v_buf, end, logical, *buffers, *fresh, *stored]
-                plan.module.complete_block[(kv_heads, batch)](*completion, Q=n, BN=BLOCK, num_warps=8)
-                append, end, fresh = False, end + n, []
-                plan = self._plans.get((append, n, q.device)) or self._plan(append, n, q.device)
-            config = plan.config
-            splits = config.splits
-            if splits is None:
-                tokens = end - start
-                if spec.window is not None and positions is None:
-                    tokens = min(tokens, spec.window + spec.sinks)
-                splits = split_count(tokens, config.block_n, batch * kv_heads, plan.processors)
-            q, *q_strides = rows_in_units(q, d)
-            out = q.new_empty(batch, heads, n, d)
-            rows = batch * heads * n
-            dst = out if splits == 1 else q.new_empty(splits * rows * (d + 2), dtype=torch.float32)
-            masks, constants = self._mask_arguments(mask)
-            args = [q, k_buf, v_buf, dst, start, end, logical, *q_strides, *buffers, *fresh, *masks, *stored]
-            plan.module.attend[(splits, kv_heads, batch)](
-                *args,
-                Q=n,
-                BM=plan.rows,
-                BN=config.block_n,
-                NEW=padded(n),
-                SPLIT=splits > 1,
-                PRECISION=plan.precision,
-                num_warps=config.warps,
-                num_stages=config.stages,
-                **constants,
+        given = (mask is not None, positions is not None, index is not None, head_windows is not None)
+        if given != (spec.mask != "none", spec.positions, spec.index != "contiguous", spec.head_windows):
+            raise ValueError(
+                f"mask, positions, index and head_windows must be given exactly when the spec names them: {spec.key()}"
             )
-            if splits > 1:
-                plan.module.merge[(rows,)](dst, out, splits, num_warps=4)
-        return out
-
-    def _in_parts(
-        self,
-        q: Tensor,
-        k_new: Tensor | None,
-        v_new: Tensor | None,
-        k_buf: Tensor,
-        v_buf: Tensor,
-        lens: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-    ) -> Tensor:
-        """The call in parts of as many new tokens as one program holds, after an append by stock operators."""
         start, end, logical = lens.tolist()
+        call = _Call(k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows)
         n = q.shape[2]
+        if supports(spec, n):
+            if k_new is not None and v_new is not None:
+                kv_format.append(spec.key_format, k_buf, end, k_new)
+                kv_format.append(spec.value_format, v_buf, end, v_new)
+                if positions is not None:
+                    positions[:, end : end + n] = torch.arange(logical, logical + n, device=positions.device)
+                call = replace(call, end=end + n)
+            return self._in_parts(q, call)
+        fresh: dict[str, Any] = {}
         if k_new is not None and v_new is not None:
-            kv_format.append(self.spec.key_format, k_buf, end, k_new)
-            kv_format.append(self.spec.value_format, v_buf, end, v_new)
-            if positions is not None:
-                positions[:, end : end + n] = torch.arange(logical, logical + n, device=positions.device)
-            end += n
-        size = min(MAX_NEW_TOKENS, max_rows(self.spec) // self.spec.group)
+            k_new, *k_strides = rows_in_units(k_new, spec.head_dim)
+            v_new, *v_strides = rows_in_units(v_new, spec.head_dim)
+            fresh = {"k_new": k_new, "v_new": v_new}
+            fresh |= zip(("kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"), (*k_strides, *v_strides), strict=True)
+        with torch.cuda.device_of(q):
+            fmt = self._quantised
+            if fresh and fmt is not None and fmt.quantised(end + n) > fmt.quantised(end):
+                # Once in a block: quantising needs registers that the other steps should not pay for.
+                values = self._arguments(q, call, fresh)
+                plan = self._plan(True, n, q.device)
+                completion = [values[name] for name in completion_parameters(spec)]
+                plan.module.complete_block[(k_buf.shape[1], q.shape[0])](*completion, Q=n, num_warps=8)
+                call, fresh = replace(call, end=end + n), {}
+            return self._attend(q, call, fresh)
+
+    def _attend(self, q: Tensor, call: _Call, fresh: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+        """Launch ``attend``, and what its split and the spec's side results need."""
+        spec = self.spec
+        batch, heads, n, d = q.shape
+        units = batch * (heads // spec.group)
+        plan = self._plan(bool(fresh), n, q.device)
+        config, module = plan.config, plan.module
+        tiles, recents = self._tiles(call, config.block_n, n if fresh else 0)
+        values = self._arguments(q, call, fresh)
+        constants: dict[str, Any] = {
+            "Q": n,
+            "BM": plan.rows,
+            "BN": config.block_n,
+            "PRECISION": plan.precision,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        } | self._mask_constants(call.mask)
+        out = q.new_empty(batch, heads, n, d)
+        results = [out]
+        sides: list[Tensor] = []
+        if spec.lse or spec.mass:
+            sides = [q.new_empty(batch, heads, n, dtype=torch.float32)]
+            values["lse"] = sides[0]
+        values |= {"out": out, "part": out}
+        if config.split == "stream":
+            unit_tiles = max(1, tiles + recents)
+            each = stream_tiles(units * unit_tiles, config.block_n, plan.processors)
+            grid: tuple[int, ...] = (-(-units * unit_tiles // each),)
+            slots, shared = 2 * grid[0], each % unit_tiles != 0
+            division: tuple[int, ...] = (unit_tiles, each)
+            values |= {"heads": heads // spec.group, "units": units, "unit_tiles": unit_tiles, "each": each}
+        else:
+            splits = 1
+            if config.split == "kv":
+                tokens = (tiles + recents) * config.block_n
+                splits = config.splits or split_count(tokens, config.block_n, units, plan.processors)
+            grid = (splits, heads // spec.group, batch)
+            slots, shared, division = units * splits, splits > 1, (splits,)
+            constants["SPLIT"] = shared
+        if shared:
+            values["part"] = q.new_empty(slots * spec.group * n * (d + 2), dtype=torch.float32)
+        module.attend[grid](*(values[name] for name in plan.names), NEW=padded(n), **constants)
+        if shared:
+            rows = (batch * heads * n,)
+            module.merge[rows](values["part"], out, *sides, slots, *division, ROWS=spec.group * n, num_warps=4)
+        if spec.lse:
+            results += sides
+        if spec.mass:
+            constants.pop("SPLIT", None)
+            results.append(self._mass(q, replace(call, end=call.end + (n if fresh else 0)), sides[0], constants))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _mass(self, q: Tensor, call: _Call, lse: Tensor, constants: dict[str, Any]) -> Tensor:
+        """Probability that each slot got, float32 ``[B, H_kv, C]``: scores once more, now that their sums are known."""
+        spec = self.spec
+        batch, heads, n, _ = q.shape
+        plan = self._plan(False, n, q.device)
+        capacity = kv_format.capacity(spec.key_format, call.k_buf)
+        mass = q.new_zeros(batch, heads // spec.group, capacity, dtype=torch.float32)
+        values = self._arguments(q, call, {}) | {"lse": lse, "mass": mass, "capacity": capacity}
+        tokens = sum(self._tiles(call, plan.config.block_n, 0)) * plan.config.block_n
+        splits = split_count(tokens, plan.config.block_n, batch * heads // spec.group, plan.processors)
+        arguments = [values[name] for name in weigh_parameters(spec)]
+        plan.module.weigh[(splits, heads // spec.group, batch)](*arguments, **constants)
+        return mass
+
+    def _tiles(self, call: _Call, block_n: int, new: int) -> tuple[int, int]:
+        """Tiles of the longest unit: those of the cache, and those of the tail of quantised formats."""
+        spec, fmt = self.spec, self._quantised
+        stop = fmt.quantised(call.end) if fmt else call.end
+        recents = _cdiv(call.end - stop + new, block_n) if fmt else 0
+        every = max(_cdiv(stop, block_n) - call.start // block_n, 0)
+        if call.index is not None:
+            entries = call.index.shape[2]
+            tiles = entries * (spec.index_block // block_n) if spec.index == "blocks" else _cdiv(entries, block_n)
+            if not new and call.since < stop:
+                tiles += _cdiv(stop, block_n) - call.since // block_n
+            return tiles, recents
+        if skips_window(spec) and not spec.head_windows:
+            assert spec.window is not None
+            low = max(call.start, call.start + call.logical - spec.window + 1) // block_n
+            sinks = _cdiv(spec.sinks, block_n) + 1 if spec.sinks else 0
+            return min(max(_cdiv(stop, block_n) - low, 0) + sinks, every), recents
+        return every, recents
+
+    def _arguments(self, q: Tensor, call: _Call, fresh: dict[str, Any]) -> dict[str, Any]:
+        """Run-time arguments by the name of the parameter."""
+        spec = self.spec
+        q, *q_strides = rows_in_units(q, spec.head_dim)
+        strides = (*q_strides, *buffer_strides(spec.key_format, call.k_buf))
+        strides += tuple(buffer_strides(spec.value_format, call.v_buf))
+        values: dict[str, Any] = {"q": q, "k_buf": call.k_buf, "v_buf": call.v_buf, **fresh}
+        values |= zip(("q_b", "q_h", "q_t", "k_b", "k_h", "v_b", "v_h"), strides, strict=True)
+        values |= {"start": call.start, "end": call.end, "logical": call.logical, "since": call.since}
+        if call.mask is not None:
+            values["mask"] = call.mask
+            values |= zip(("mask_b", "mask_h", "mask_q", "mask_c"), mask_strides(call.mask), strict=True)
+            values["mask_columns"] = call.mask.shape[3]
+        if call.positions is not None:
+            values |= {"positions": call.positions, "positions_b": call.positions.stride(0)}
+        if call.index is not None:
+            index = call.index if call.index.stride(2) == 1 else call.index.contiguous()
+            values |= {"index": index, "index_b": index.stride(0), "index_h": index.stride(1)}
+            values["entries"] = index.shape[2]
+        values["head_windows"] = call.head_windows
+        return values
+
+    def _in_parts(self, q: Tensor, call: _Call) -> Tensor | tuple[Tensor, ...]:
+        """Attention over what is stored, in parts of as many queries as one program holds."""
         parts = []
-        for first in range(0, n, size):
-            rows = slice(first, min(first + size, n))
-            part_mask = None if mask is None else mask[:, :, rows]
-            part_lens = torch.tensor([start, end, logical + first])
-            parts.append(self(q[:, :, rows], None, None, k_buf, v_buf, part_lens, part_mask, positions))
-        return torch.cat(parts, 2)
+        size = min(MAX_NEW_TOKENS, max_rows(self.spec) // self.spec.group)
+        with torch.cuda.device_of(q):
+            for rows, part in _slices(call, q.shape[2], size):
+                got = self._attend(q[:, :, rows], part, {})
+                parts.append(got if isinstance(got, tuple) else (got,))
+        columns = list(zip(*parts, strict=True))
+        mass = [torch.stack(columns.pop()).sum(0)] if self.spec.mass else []
+        results = [torch.cat(column, 2) for column in columns] + mass
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def _mask_arguments(self, mask: Tensor | None) -> tuple[list[Any], dict[str, Any]]:
-        """Run-time arguments and constants of a mask."""
+    def _mask_constants(self, mask: Tensor | None) -> dict[str, Any]:
+        """What a kernel is compiled for of a mask."""
         if mask is None:
-            return [], {}
-        _, heads, n, columns = mask.shape
-        arguments: list[Any] = [mask, *mask_strides(mask)]
-        constants: dict[str, Any] = {"MASK_ROWS": n > 1 or heads > 1}
-        if self._has_first_column:
-            arguments.append(columns)
-            if self.spec.mask == "additive":
-                constants["MASK_FLOOR"] = torch.finfo(mask.dtype).min / 2
-        return arguments, constants
+            return {}
+        constants: dict[str, Any] = {"MASK_ROWS": mask.shape[2] > 1 or mask.shape[1] > 1}
+        if self._has_first_column and self.spec.mask == "additive":
+            constants["MASK_FLOOR"] = torch.finfo(mask.dtype).min / 2
+        return constants
 
 
-@lru_cache(maxsize=512)
-def decode_attention(spec: AttentionSpec, config: DecodeConfig | None = None) -> DecodeAttention:
-    """The decode attention kernel of ``spec``; ``config`` overrides the launch choices of the tables."""
-    return DecodeAttention(spec, config)
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call that its launches share; slots from ``since`` on are new."""
+
+    k_buf: Tensor
+    v_buf: Tensor
+    start: int
+    end: int
+    logical: int
+    since: int
+    mask: Tensor | None
+    positions: Tensor | None
+    index: Tensor | None
+    head_windows: Tensor | None
+
+
+def _slices(call: _Call, n: int, size: int) -> Iterator[tuple[slice, _Call]]:
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        mask = None if call.mask is None else call.mask[:, :, rows]
+        yield rows, replace(call, logical=call.logical + first, mask=mask)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@lru_cache(maxsize=1024)
+def decode_attention(spec: AttentionSpec, **choices: Any) -> DecodeAttention:
+    """The decode attention kernel of ``spec``; ``choices`` (``DecodeConfig``'s fields) override those of the tables."""
+    return DecodeAttention(spec, **choices)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tempfile
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -26,13 +27,20 @@ def cache_dir() -> Path:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["nested"] = _nested
+    return environment
+
+
+def _nested(text: str, width: int) -> str:
+    """The lines of a macro within a block indented by ``width`` columns."""
+    return textwrap.indent(text.strip("\n"), " " * width)
 
 
 def render(template: str, spec: AttentionSpec, **values: Any) -> str:
@@ -49,15 +57,22 @@ def render(template: str, spec: AttentionSpec, **values: Any) -> str:
             scale=spec.scale,
             softcap=spec.softcap,
             log2e=math.log2(math.e),
+            ln2=math.log(2),
             causal=spec.causal,
             window=spec.window,
             sinks=spec.sinks if spec.window is not None else 0,
             mask=spec.mask,
+            index=spec.index,
+            index_block=spec.index_block,
+            # A log-sum-exp that only the mass kernel reads is stored as well.
+            lse=spec.lse or spec.mass,
             natural=spec.mask == "additive",
             **values,
         )
     )
-    return re.sub(r"\n+@triton", "\n\n\n@triton", text)
+    text = re.sub(r"\n+@triton", "\n\n\n@triton", text)
+    # Where a template has nothing to say, it leaves no more than a blank line.
+    return re.sub(r"\n{3,}(?= )", "\n\n", text).rstrip("\n") + "\n"
 
 
 def padded(size: int) -> int:

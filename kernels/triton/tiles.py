@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -28,11 +29,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Launch choices of a decode kernel; ``splits`` None lets ``split_count`` decide on each call."""
+    """Launch choices of a decode kernel.
+
+    split "kv" divides each KV head's cache among ``splits`` programs (None: ``split_count`` decides on each call),
+    "single" is one program for each, "stream" deals all tiles of all KV heads out evenly. ``block_n`` is clipped to
+    what a block of codes or a list entry allows.
+    """
 
     block_n: int
     warps: int
     stages: int
+    split: Literal["kv", "stream", "single"] = "kv"
     splits: int | None = None
 
 
@@ -59,32 +66,32 @@ PREFILL_TILES: dict[tuple[str, str, int], tuple[Tile, Tile]] = {
     ("gfx942", "float32", 256): (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
 }
 # (family, how the cache is stored, widest head dimension): up to 32 query rows of a KV head, and more rows.
-# An int8 tile is one block of 64 tokens.
+# A tile of codes has at most one block.
 DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_80", "half", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_80", "half", 128): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_80", "half", 256): (DecodeConfig(32, 4, 3), DecodeConfig(32, 8, 3)),
-    ("sm_80", "int8", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
-    ("sm_80", "int8", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 2)),
-    ("sm_80", "int8", 256): (DecodeConfig(64, 8, 2), DecodeConfig(64, 8, 2)),
+    ("sm_80", "quantised", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_80", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 2)),
+    ("sm_80", "quantised", 256): (DecodeConfig(64, 8, 1), DecodeConfig(64, 8, 1)),
     ("sm_80", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
     ("sm_80", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
     ("sm_90", "half", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "half", 128): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "half", 256): (DecodeConfig(32, 4, 3), DecodeConfig(32, 8, 3)),
-    ("sm_90", "int8", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
-    ("sm_90", "int8", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
-    ("sm_90", "int8", 256): (DecodeConfig(64, 8, 1), DecodeConfig(64, 8, 1)),
+    ("sm_90", "quantised", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "quantised", 256): (DecodeConfig(64, 8, 1), DecodeConfig(64, 8, 1)),
     ("sm_90", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_90", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
     ("sm_90", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
     ("gfx942", "half", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
     ("gfx942", "half", 128): (DecodeConfig(64, 4, 2), DecodeConfig(32, 8, 2)),
     ("gfx942", "half", 256): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
-    ("gfx942", "int8", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
-    ("gfx942", "int8", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
-    ("gfx942", "int8", 256): (DecodeConfig(64, 4, 1), DecodeConfig(64, 4, 1)),
+    ("gfx942", "quantised", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
+    ("gfx942", "quantised", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
+    ("gfx942", "quantised", 256): (DecodeConfig(64, 4, 1), DecodeConfig(64, 4, 1)),
     ("gfx942", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 128): (DecodeConfig(32, 4, 1), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 256): (DecodeConfig(32, 4, 1), DecodeConfig(32, 4, 1)),
@@ -94,9 +101,9 @@ MAX_ROWS: dict[tuple[str, int], int] = {
     ("half", 64): 128,
     ("half", 128): 128,
     ("half", 256): 32,
-    ("int8", 64): 128,
-    ("int8", 128): 64,
-    ("int8", 256): 16,
+    ("quantised", 64): 128,
+    ("quantised", 128): 64,
+    ("quantised", 256): 16,
     ("float32", 64): 64,
     ("float32", 128): 32,
     ("float32", 256): 16,
@@ -126,9 +133,9 @@ def width_of(head_dim: int) -> int:
 
 
 def storage_of(spec: AttentionSpec) -> str:
-    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "int8" or "float32"."""
-    if "int8" in (spec.key_format.kind, spec.value_format.kind):
-        return "int8"
+    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "quantised" or "float32"."""
+    if spec.key_format.is_quantised or spec.value_format.is_quantised:
+        return "quantised"
     return "float32" if spec.dtype == "float32" else "half"
 
 
@@ -160,3 +167,8 @@ def split_count(tokens: int, block_n: int, work: int, processors: int) -> int:
     splits = max(1, min(2 * processors // work, -(-tokens // 256)))
     each = -(-tiles // splits)
     return -(-tiles // each) if each else 1
+
+
+def stream_tiles(total: int, block_n: int, processors: int) -> int:
+    """How many of ``total`` tiles a stream program takes: two programs per multiprocessor, at least 256 tokens each."""
+    return max(-(-total // (2 * processors)), min(-(-256 // block_n), total), 1)

@@ -20,7 +20,7 @@ def rows_in_units(x: Tensor, d: int) -> tuple[Tensor, int, int, int]:
 
 def stride_unit(fmt: KVFormat) -> int:
     """Elements of a cache buffer that its batch and head strides are whole multiples of, whatever its capacity."""
-    return gcd(fmt.tail_bytes, fmt.block_bytes) if fmt.kind == "int8" else fmt.head_dim
+    return gcd(fmt.tail_bytes, fmt.block_bytes) if fmt.is_quantised else fmt.head_dim
 
 
 def buffer_strides(fmt: KVFormat, buf: Tensor) -> list[int]:

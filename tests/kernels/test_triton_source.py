@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchaccel.kernels.spec import AttentionSpec
-from torchaccel.kernels.triton import decode_attention, source, tiles, window_prefill
+from torchaccel.kernels.triton import decode_attention, decode_source, source, tiles, window_prefill
 
 from tests.kernels.triton_support.decode_cases import DecodeCase
 from tests.kernels.triton_support.prefill_cases import PrefillCase
@@ -21,12 +21,15 @@ from tests.kernels.triton_support.prefill_cases import PrefillCase
 GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
 DENSE = DecodeCase("dense").spec()
 INT8 = DecodeCase("int8", keys="int8", values="int8").spec()
+INT4 = DecodeCase("int4", keys="int4", values="int2", key_group=32, tail=64).spec()
 WINDOW = PrefillCase("window").spec()
 SOURCES = {
-    "decode_dense": lambda: decode_attention.generate(DENSE),
-    "decode_static_bool_mask": lambda: decode_attention.generate(replace(DENSE, mask="bool", causal=False), False),
-    "decode_int8_positions": lambda: decode_attention.generate(replace(INT8, positions=True)),
-    "decode_window_sinks_additive_softcap": lambda: decode_attention.generate(
+    "decode_dense": lambda: decode_source.generate(DENSE),
+    "decode_static_bool_mask": lambda: decode_source.generate(replace(DENSE, mask="bool", causal=False), False),
+    "decode_int8_positions": lambda: decode_source.generate(replace(INT8, positions=True)),
+    "decode_int4_int2_blocks_mass": lambda: decode_source.generate(replace(INT4, index="blocks", mass=True), False),
+    "decode_stream_tokens_lse": lambda: decode_source.generate(replace(DENSE, index="tokens", lse=True), True, True),
+    "decode_window_sinks_additive_softcap": lambda: decode_source.generate(
         replace(DENSE, window=1024, sinks=4, mask="additive", softcap=30.0, head_dim=80)
     ),
     "prefill_window_sinks": lambda: window_prefill.generate(WINDOW),
@@ -54,7 +57,7 @@ def test_source_is_plain_and_carries_its_spec(name: str) -> None:
 
 
 def test_source_emits_only_what_the_spec_needs() -> None:
-    text = decode_attention.generate(DENSE).split("Legend")[1]
+    text = decode_source.generate(DENSE).split("Legend")[1]
     for part in ("mask_c", "positions", "sink", "tl.float16", "complete_block", "tanh"):
         assert part not in text
 
@@ -130,9 +133,11 @@ DECLINED: list[tuple[AttentionSpec, int, str]] = [
     (replace(DENSE, head_dim=300), 1, "head dimensions"),
     (replace(DENSE, key_format=replace(DENSE.key_format, kind="empty")), 1, "empty key format"),
     (replace(DENSE, value_format=replace(DENSE.value_format, dtype="float16")), 1, "dtype"),
-    (replace(INT8, key_format=replace(INT8.key_format, axis="token")), 1, "per channel"),
-    (replace(INT8, value_format=replace(INT8.value_format, axis="channel")), 1, "per token"),
-    (replace(INT8, key_format=replace(INT8.key_format, block=32)), 1, "64 tokens"),
+    (replace(INT8, key_format=replace(INT8.key_format, block=48)), 1, "power of two tokens"),
+    (replace(INT8, key_format=replace(INT8.key_format, group=8)), 1, "multiples of 16"),
+    (replace(INT8, value_format=replace(INT8.value_format, group=48)), 1, "groups of channels"),
+    (replace(INT8, value_format=replace(INT8.value_format, window=64)), 1, "same block and window"),
+    (replace(DENSE, index="blocks", index_block=8), 1, "multiple of 16 slots"),
     (replace(DENSE, softcap=0.0), 1, "softcap"),
     (replace(DENSE, window=0), 1, "window"),
 ]
@@ -164,11 +169,40 @@ def test_prefill_declines(change: dict[str, object], reason: str) -> None:
         window_prefill.prefill_attention(spec)
 
 
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [({"tile": 64}, "no launch choice tile"), ({"block_n": 48}, "block_n"), ({"block_n": 64}, "up to 32")],
+)
+def test_choices_that_do_not_fit_are_refused(choices: dict[str, int], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode_attention.decode_attention(INT4, **choices)
+
+
+@pytest.mark.parametrize("spec", [DENSE, INT8, INT4, replace(INT8, index="blocks", index_block=16)])
+def test_configs_can_be_built_and_start_with_the_tables(spec: AttentionSpec) -> None:
+    found = decode_attention.configs(spec)
+    assert len(set(found)) == len(found) > 3
+    family, _ = tiles.device_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    table = tiles.decode_config(spec, family, 16)
+    block_n = min(table.block_n, decode_source.widest_tile(spec) or 128)
+    assert dict(found[0]) == {"block_n": block_n, "split": "kv", "stages": table.stages, "warps": table.warps}
+    assert {dict(config)["split"] for config in found} == {"kv", "stream", "single"}
+    for config in found:
+        decode_attention.decode_attention(spec, **dict(config))
+
+
+@pytest.mark.parametrize("total", [1, 3, 17, 264, 265, 5000])
+def test_stream_programs_share_evenly(total: int) -> None:
+    each = tiles.stream_tiles(total, 64, 132)
+    assert 1 <= each <= total
+    assert each == max(math.ceil(total / 264), min(4, total))
+
+
 def test_arguments_that_contradict_the_spec_are_refused() -> None:
     q, kv = torch.zeros(1, 4, 1, 64).bfloat16(), torch.zeros(1, 1, 16, 64).bfloat16()
     lens = torch.tensor([0, 4, 4])
     run = decode_attention.decode_attention(DENSE)
-    with pytest.raises(ValueError, match="mask and positions"):
+    with pytest.raises(ValueError, match="mask, positions"):
         run(q, kv[:, :, :1], kv[:, :, :1], kv, kv, lens, torch.ones(1, 1, 1, 5, dtype=torch.bool), None)
     with pytest.raises(ValueError, match="side by side"):
         run(q, kv[:, :, :1], kv[:, :, :1], kv[:, :, ::2], kv, lens)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torchaccel.kernels.triton import decode_attention, window_prefill
+from torchaccel.kernels.triton import decode_source, window_prefill
 from torchaccel.kernels.triton.source import load, padded
 from torchaccel.kernels.triton.tiles import (
     DECODE_TILES,
@@ -46,9 +46,10 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _table_cases() -> Iterator[CompileCase]:
+    # Two kinds of codes at once: whatever the number of bits, a row of the table holds.
     fields: dict[str, dict[str, Any]] = {
         "half": {},
-        "int8": {"keys": "int8", "values": "int8"},
+        "quantised": {"keys": "int4", "values": "int8"},
         "float32": {"dtype": "float32"},
     }
     for family, storage, width in DECODE_TILES:
@@ -64,49 +65,82 @@ def _table_cases() -> Iterator[CompileCase]:
         yield CompileCase(name, "attend", family, PrefillCase(name, head_dim=width, **fields[bits]))
 
 
+# Kernels and variants that no row of the tables tells apart, by the kernel's name.
+_INT8: dict[str, Any] = {"keys": "int8", "values": "int8", "head_dim": 128}
+_INT4: dict[str, Any] = {"keys": "int4", "values": "int4", "head_dim": 128}
+_VARIANTS: dict[str, tuple[str, DecodeCase]] = {
+    "merge": ("merge", DecodeCase("", head_dim=128)),
+    "merge-stream": ("merge", DecodeCase("", head_dim=128, split="stream", lse=True)),
+    "complete": ("complete_block", DecodeCase("", new=4, **_INT8)),
+    "complete-int2": (
+        "complete_block",
+        DecodeCase("", keys="int2", values="int4", key_axis="token", key_group=32, value_axis="channel", head_dim=128),
+    ),
+    "window": ("attend", DecodeCase("", window=1000, sinks=4, mask="additive", head_dim=128)),
+    "head-windows": ("attend", DecodeCase("", window=1000, sinks=4, head_windows=True, head_dim=128)),
+    "positions": ("attend", DecodeCase("", mask="bool", positions=True, **_INT8)),
+    "static": ("attend", DecodeCase("", mask="bool", append=False, head_dim=128)),
+    "stream": ("attend", DecodeCase("", split="stream", head_dim=128)),
+    "stream-int4": ("attend", DecodeCase("", split="stream", tail=64, **_INT4)),
+    "int8": ("attend", DecodeCase("", **_INT8)),
+    "int2": ("attend", DecodeCase("", keys="int2", values="int2", head_dim=128)),
+    "int4-groups": ("attend", DecodeCase("", key_group=32, value_group=32, tail=64, **_INT4)),
+    "int4-other-axes": ("attend", DecodeCase("", key_axis="token", key_group=64, value_axis="channel", **_INT4)),
+    "blocks": ("attend", DecodeCase("", index="blocks", head_dim=128)),
+    "blocks-int4": ("attend", DecodeCase("", index="blocks", **_INT4)),
+    "tokens": ("attend", DecodeCase("", index="tokens", head_dim=128)),
+    "tokens-int4": ("attend", DecodeCase("", index="tokens", **_INT4)),
+    "weigh": ("weigh", DecodeCase("", mass=True, append=False, head_dim=128)),
+    "weigh-blocks-int4": ("weigh", DecodeCase("", mass=True, append=False, index="blocks", **_INT4)),
+}
+
+
 def _variant_cases() -> Iterator[CompileCase]:
-    int8: dict[str, Any] = {"keys": "int8", "values": "int8", "head_dim": 128}
-    masked: dict[str, Any] = {"window": 1000, "sinks": 4, "head_dim": 128}
     for family in SHARED_LIMIT:
-        yield CompileCase(f"merge-{family}", "merge", family, DecodeCase("merge", head_dim=128))
-        yield CompileCase(f"complete-{family}", "complete_block", family, DecodeCase("complete", new=4, **int8))
-        yield CompileCase(f"window-{family}", "attend", family, DecodeCase("window", mask="additive", **masked))
-        yield CompileCase(
-            f"positions-{family}", "attend", family, DecodeCase("positions", mask="bool", positions=True, **int8)
-        )
-        yield CompileCase(
-            f"static-{family}", "attend", family, DecodeCase("static", mask="bool", append=False, head_dim=128)
-        )
-        yield CompileCase(f"prefill-mask-{family}", "attend", family, PrefillCase("mask", mask="bool", **masked))
+        for name, (kernel, case) in _VARIANTS.items():
+            yield CompileCase(f"{name}-{family}", kernel, family, case)
+        masked = PrefillCase("mask", mask="bool", window=1000, head_dim=128)
+        yield CompileCase(f"prefill-mask-{family}", "attend", family, masked)
+
+
+_TYPES = {
+    "out": "element",
+    "q": "element",
+    "k_new": "element",
+    "v_new": "element",
+    "part": "*fp32",
+    "lse": "*fp32",
+    "mass": "*fp32",
+    "positions": "*i32",
+    "index": "*i32",
+    "head_windows": "*i32",
+}
 
 
 def _decode(kernel: str, case: DecodeCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
-    spec = case.spec()
-    module = load(decode_attention.generate(spec, case.append), "decode_attention")
-    element = _ELEMENT[case.dtype]
+    spec, stream = case.spec(), case.split == "stream"
+    module = load(decode_source.generate(spec, case.append, stream), "decode_attention")
     rows = padded(case.group * case.new)
     config = decode_config(spec, family, rows)
+    types = {name: "i32" for name in getattr(module, kernel).arg_names}
+    types |= {name: _ELEMENT[case.dtype] if kind == "element" else kind for name, kind in _TYPES.items()}
+    types |= {"k_buf": "*u8" if spec.key_format.is_quantised else types["q"], "mask": "*i1"}
+    types |= {"v_buf": "*u8" if spec.value_format.is_quantised else types["q"]}
+    if case.mask == "additive":
+        types["mask"] = "*fp32"
     if kernel == "merge":
-        return module.merge, {"part": "*fp32", "out": element, "splits": "i32"}, {}, 4, 3
-    types = dict.fromkeys(decode_attention.parameters(spec, case.append), "i32")
-    types |= {"q": element, "k_new": element, "v_new": element, "dst": "*fp32", "positions": "*i32"}
-    types |= {"k_buf": "*u8" if case.keys == "int8" else element, "v_buf": "*u8" if case.values == "int8" else element}
-    types |= {"mask": "*i1" if case.mask == "bool" else "*fp32"}
+        return module.merge, types, {"ROWS": case.group * case.new}, 4, 3
     if kernel == "complete_block":
-        return module.complete_block, types, {"Q": case.new, "BN": 64}, 8, 3
-    constants: dict[str, Any] = {
-        "Q": case.new,
-        "BM": rows,
-        "BN": config.block_n,
-        "NEW": padded(case.new),
-        "SPLIT": True,
-        "PRECISION": PRECISION[family],
-    }
+        return module.complete_block, types, {"Q": case.new}, 8, 3
+    block_n = min(config.block_n, decode_source.widest_tile(spec) or config.block_n)
+    constants: dict[str, Any] = {"Q": case.new, "BM": rows, "BN": block_n, "PRECISION": PRECISION[family]}
+    if kernel == "attend":
+        constants |= {"NEW": padded(case.new)} | ({} if stream else {"SPLIT": True})
     if case.mask != "none":
         constants |= {"MASK_ROWS": case.new > 1, "mask_c": 1}
         if case.mask == "additive" and case.sinks:
             constants |= {"MASK_FLOOR": -1.7e38}
-    return module.attend, types, constants, config.warps, config.stages
+    return getattr(module, kernel), types, constants, config.warps, config.stages
 
 
 def _prefill(case: PrefillCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:

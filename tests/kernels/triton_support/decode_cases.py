@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from torchaccel.kernels import kv_format, reference
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 from torchaccel.kernels.triton.decode_attention import decode_attention
-from torchaccel.kernels.triton.source import padded
-from torchaccel.kernels.triton.tiles import decode_config, device_facts, max_rows
+
+Kind = Literal["dense", "int8", "int4", "int2"]
+Axis = Literal["channel", "token"]
 
 # Largest difference from the float32 reference, per unit of the largest expected value: rounding of the output and of
 # the probabilities (bfloat16 keeps 8 bits, float16 11), sums in another order (float32).
@@ -20,14 +21,23 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.6e-2, "float16": 2e-3}
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One call: ``spec`` fields, and ``live`` slots ``start .. end`` before ``new`` tokens come."""
+    """One call: ``spec`` fields, and live slots ``start .. end`` before ``new`` tokens come.
+
+    ``listed`` is the share of the blocks, or slots, that an index names.
+    """
 
     name: str
     head_dim: int = 64
     group: int = 4
     dtype: str = "bfloat16"
-    keys: Literal["dense", "int8"] = "dense"
-    values: Literal["dense", "int8"] = "dense"
+    keys: Kind = "dense"
+    values: Kind = "dense"
+    key_axis: Axis = "channel"
+    value_axis: Axis = "token"
+    key_group: int = 0
+    value_group: int = 0
+    block: int = 64
+    tail: int = 0
     scale: float = 0.2
     causal: bool = True
     softcap: float | None = None
@@ -38,6 +48,12 @@ class DecodeCase:
     window: int | None = None
     sinks: int = 0
     positions: bool = False
+    head_windows: bool = False
+    index: Literal["contiguous", "blocks", "tokens"] = "contiguous"
+    index_block: int = 64
+    listed: float = 0.5
+    lse: bool = False
+    mass: bool = False
     batch: int = 2
     kv_heads: int = 2
     start: int = 0
@@ -45,19 +61,23 @@ class DecodeCase:
     evicted: int = 0
     new: int = 1
     append: bool = True
+    split: Literal["kv", "stream", "single"] = "kv"
     splits: int | None = 2
+    block_n: int | None = None
     transposed: bool = False
 
     def spec(self) -> AttentionSpec:
         """The attention spec of the case."""
-        fmt = KVFormat("dense", self.dtype, self.head_dim)
+        stored: dict[str, Any] = {"dtype": self.dtype, "head_dim": self.head_dim, "block": self.block}
         return AttentionSpec(
             phase="decode",
             head_dim=self.head_dim,
             group=self.group,
             dtype=self.dtype,
-            key_format=replace(fmt, kind=self.keys, axis="channel") if self.keys == "int8" else fmt,
-            value_format=replace(fmt, kind=self.values, axis="token") if self.values == "int8" else fmt,
+            key_format=KVFormat(self.keys, axis=self.key_axis, group=self.key_group, window=self.tail, **stored),
+            value_format=KVFormat(
+                self.values, axis=self.value_axis, group=self.value_group, window=self.tail, packing="token", **stored
+            ),
             scale=self.scale,
             causal=self.causal,
             softcap=self.softcap,
@@ -65,6 +85,11 @@ class DecodeCase:
             window=self.window,
             sinks=self.sinks,
             positions=self.positions,
+            head_windows=self.head_windows,
+            index=self.index,
+            index_block=self.index_block,
+            lse=self.lse,
+            mass=self.mass,
         )
 
 
@@ -112,6 +137,98 @@ DECODE_CASES: list[DecodeCase] = [
     ),
     DecodeCase("positions_in_parts", positions=True, evicted=5, new=17, end=20, batch=1, kv_heads=1),
     DecodeCase("static_causal", append=False, new=3, dtype="float32"),
+    # Formats: bits, axes, groups, windows.
+    DecodeCase("int4", keys="int4", values="int4", key_group=32, value_group=32, tail=42, end=300),
+    DecodeCase("int2", keys="int2", values="int2", key_group=32, dtype="float32", tail=32, end=250, head_dim=80),
+    DecodeCase("int4_token_keys", keys="int4", values="int4", key_axis="token", value_axis="channel", end=250),
+    DecodeCase(
+        "int2_groups_of_channels",
+        keys="int2",
+        values="int4",
+        key_axis="token",
+        key_group=16,
+        value_group=16,
+        head_dim=80,
+        dtype="float32",
+        group=3,
+        end=200,
+    ),
+    DecodeCase(
+        "int8_value_groups_of_tokens", values="int8", value_axis="channel", value_group=16, end=170, group=3, new=2
+    ),
+    DecodeCase(
+        "int4_moves_the_tail_down", keys="int4", values="int2", key_group=16, tail=100, end=222, new=9, dtype="float32"
+    ),
+    DecodeCase(
+        "int2_completes_groups_of_channels",
+        keys="int2",
+        values="int8",
+        key_axis="token",
+        key_group=8,
+        value_axis="channel",
+        value_group=32,
+        head_dim=24,
+        tail=6,
+        end=130,
+        new=5,
+    ),
+    DecodeCase(
+        "int8_completes_wide_tokens", keys="int8", values="int2", key_axis="token", head_dim=42, end=63, dtype="float32"
+    ),
+    DecodeCase("int4_block_of_128", keys="int4", values="int4", block=128, tail=20, end=275, head_dim=128, new=2),
+    DecodeCase("int4_small_blocks", keys="int4", values="int4", block=16, tail=6, end=85, new=4, dtype="float32"),
+    DecodeCase("int2_window_sinks", keys="int2", values="int2", window=90, sinks=6, tail=30, end=300, mask="bool"),
+    # Lists of blocks and of slots.
+    DecodeCase("blocks", index="blocks", end=500, new=2, group=3),
+    DecodeCase("blocks_small", index="blocks", index_block=16, end=333, start=42, dtype="float32"),
+    DecodeCase("blocks_odd", index="blocks", index_block=48, end=200, mask="additive", dtype="float32", window=120),
+    DecodeCase("blocks_int4", index="blocks", keys="int4", values="int4", tail=123, end=400, key_group=32),
+    DecodeCase("blocks_of_32_int8", index="blocks", index_block=32, keys="int8", values="int8", end=255, new=4),
+    DecodeCase("blocks_none", index="blocks", listed=0.0, end=123),
+    DecodeCase("blocks_static", index="blocks", append=False, mask="bool", end=300),
+    DecodeCase("blocks_in_parts", index="blocks", keys="int8", values="int8", end=120, new=20, batch=1),
+    DecodeCase("tokens", index="tokens", end=300, new=3, group=3),
+    DecodeCase("tokens_positions_window", index="tokens", end=200, positions=True, evicted=9, window=99, sinks=4),
+    DecodeCase("tokens_int4", index="tokens", keys="int4", values="int2", key_group=32, tail=20, end=300, head_dim=80),
+    DecodeCase(
+        "tokens_int2",
+        index="tokens",
+        keys="int2",
+        values="int8",
+        key_axis="token",
+        value_axis="channel",
+        end=260,
+        dtype="float32",
+    ),
+    DecodeCase(
+        "tokens_int8_completes", index="tokens", keys="int8", values="int4", value_group=32, end=123, new=9, listed=0.2
+    ),
+    DecodeCase("tokens_in_parts", index="tokens", end=90, new=17, batch=1, dtype="float32", mass=True, lse=True),
+    # Heads with and without the window.
+    DecodeCase("head_windows", head_windows=True, window=40, sinks=4, end=300, kv_heads=3, new=2),
+    DecodeCase(
+        "head_windows_int8", head_windows=True, window=70, keys="int8", values="int8", end=400, kv_heads=3, batch=1
+    ),
+    DecodeCase("head_windows_positions", head_windows=True, window=40, positions=True, evicted=9, mask="bool"),
+    # Ways to split.
+    DecodeCase("stream", split="stream", end=700, kv_heads=3, group=2, lse=True),
+    DecodeCase("stream_one_program_each", split="stream", end=200, kv_heads=1, dtype="float32"),
+    DecodeCase("stream_empty_cache", split="stream", end=0, new=3, dtype="float32", lse=True),
+    DecodeCase("stream_int4", split="stream", keys="int4", values="int4", end=900, tail=64, kv_heads=3, block_n=32),
+    DecodeCase(
+        "stream_sides", split="stream", index="blocks", keys="int8", values="int8", end=1500, listed=0.9, mass=True
+    ),
+    DecodeCase(
+        "stream_head_windows", split="stream", head_windows=True, window=70, sinks=6, end=800, kv_heads=3, lse=True
+    ),
+    DecodeCase("single", split="single", splits=None, end=300, keys="int8", values="int8", lse=True, dtype="float32"),
+    # Log-sum-exp and mass.
+    DecodeCase("sides", lse=True, mass=True, end=300, new=5, mask="bool", left_padding=(0, 1000)),
+    DecodeCase("sides_additive", lse=True, mass=True, mask="additive", left_padding=(0, 1000), dtype="float32"),
+    DecodeCase("mass_only", mass=True, splits=1, end=300, start=42, softcap=9.0, dtype="float32", group=3),
+    DecodeCase("mass_int4", mass=True, keys="int4", values="int4", tail=70, end=197, window=123, sinks=6),
+    DecodeCase("mass_tokens", mass=True, index="tokens", keys="int8", values="dense", end=191, dtype="float32"),
+    DecodeCase("mass_completes", mass=True, lse=True, index="blocks", keys="int8", values="int8", end=120, new=12),
 ]
 
 
@@ -169,7 +286,11 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
             positions[row, : case.end] = kept.to(torch.int32)
     mask = _mask(case, logical + case.new if case.append else case.end - case.start, generator)
 
-    inputs = [q, k_new, v_new, k_full, v_full, mask, positions]
+    index = _index(case, generator)
+    head_windows = torch.tensor([1, 0, 1][: case.kv_heads], dtype=torch.int32) if case.head_windows else None
+
+    inputs = [q, k_new, v_new, k_full, v_full, mask, positions, index, head_windows]
+    # clone() keeps strides.
     moved = [None if x is None else x.clone().to(device) for x in inputs]
     if case.transposed:
         moved[:2] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in moved[:2]]
@@ -181,40 +302,65 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
     return _difference(case, expected, got, inputs, moved)
 
 
-def _expected(case: DecodeCase, spec: AttentionSpec, inputs: list[Any], lens: Tensor) -> Tensor:
-    q, k_new, v_new, k_full, v_full, mask, positions = inputs
-    k, v = k_full[: case.batch], v_full[: case.batch]
-    if case.append:
-        rows = None if positions is None else positions[: case.batch]
-        return reference.decode_attention(spec, q, k_new, v_new, k, v, lens, mask, rows)
-    start, end, logical = lens.tolist()
-    k = kv_format.read(spec.key_format, k, start, end, end)
-    v = kv_format.read(spec.value_format, v, start, end, end)
-    columns = torch.arange(end - start).expand(case.batch, -1)
-    return reference.attend(spec, q, k, v, columns, torch.arange(logical, logical + case.new), mask)
+def _index(case: DecodeCase, generator: torch.Generator) -> Tensor | None:
+    """A list for each batch row and KV head, in any order, of different lengths, among entries that are none."""
+    if case.index == "contiguous":
+        return None
+    size = case.index_block if case.index == "blocks" else 1
+    numbers = -(-(case.end + (case.new if case.append else 0)) // size)
+    # Lists of a KV head side by side: strides that differ from those of a contiguous index.
+    index = torch.full((case.kv_heads, case.batch, numbers + 3), -1, dtype=torch.int32).transpose(0, 1)
+    for row in (index[b, h] for b in range(case.batch) for h in range(case.kv_heads)):
+        named = torch.randperm(numbers, generator=generator)
+        named = named[torch.rand(numbers, generator=generator) < case.listed].to(torch.int32)
+        row[torch.randperm(len(row), generator=generator)[: len(named)]] = named
+    return index
 
 
-def _run(case: DecodeCase, spec: AttentionSpec, moved: list[Any], lens: Tensor) -> Tensor:
-    q, k_new, v_new, k_full, v_full, mask, positions = moved
-    config = None
-    if case.splits is not None:
-        family, _ = device_facts(q.device)
-        rows = min(padded(case.group * case.new), max_rows(spec))
-        config = replace(decode_config(spec, family, rows), splits=case.splits)
+def _run(case: DecodeCase, spec: AttentionSpec, moved: list[Any], lens: Tensor) -> tuple[Tensor, ...]:
+    q, k_new, v_new, k_full, v_full, mask, positions, index, head_windows = moved
+    choices = {"split": case.split, "splits": case.splits, "block_n": case.block_n}
     columns = None if positions is None else positions[: case.batch]
     new = (k_new, v_new) if case.append else (None, None)
-    return decode_attention(spec, config)(q, *new, k_full[: case.batch], v_full[: case.batch], lens, mask, columns)
+    run = decode_attention(spec, **{name: choice for name, choice in choices.items() if choice is not None})
+    buffers = k_full[: case.batch], v_full[: case.batch]
+    got = run(q, *new, *buffers, lens, mask, columns, index, head_windows)
+    return got if isinstance(got, tuple) else (got,)
 
 
-def _difference(case: DecodeCase, expected: Tensor, got: Tensor, inputs: list[Any], moved: list[Any]) -> str | None:
+def _expected(case: DecodeCase, spec: AttentionSpec, inputs: list[Any], lens: Tensor) -> tuple[Tensor, ...]:
+    q, k_new, v_new, k_full, v_full, mask, positions, index, head_windows = inputs
+    k, v = k_full[: case.batch], v_full[: case.batch]
+    rows = None if positions is None else positions[: case.batch]
+    new = (k_new, v_new) if case.append else (None, None)
+    got = reference.decode_attention(spec, q, *new, k, v, lens, mask, rows, index, head_windows)
+    return got if isinstance(got, tuple) else (got,)
+
+
+def _difference(
+    case: DecodeCase, expected: tuple[Tensor, ...], got: tuple[Tensor, ...], inputs: list[Any], moved: list[Any]
+) -> str | None:
     for name, before, after in zip(("keys", "values"), inputs[3:5], moved[3:5], strict=True):
         if not torch.equal(before.view(torch.uint8), after.cpu().view(torch.uint8)):
             return f"the {name} buffer differs from the reference's"
     if case.positions and not torch.equal(inputs[6], moved[6].cpu()):
         return "the positions differ from the reference's"
-    got = got.cpu()
+    if len(got) != len(expected):
+        return f"expected {len(expected)} results, found {len(got)}"
+    names = ["out", *(["lse"] if case.lse else []), *(["mass"] if case.mass else [])]
+    differences = [
+        difference(name, x.cpu(), y, TOLERANCE[case.dtype]) for name, x, y in zip(names, got, expected, strict=True)
+    ]
+    return next(filter(None, differences), None)
+
+
+def difference(name: str, got: Tensor, expected: Tensor, tolerance: float) -> str | None:
+    """How ``got`` differs from ``expected`` beyond ``tolerance`` times the largest finite value, or None."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
-        return f"expected {expected.dtype} {tuple(expected.shape)}, found {got.dtype} {tuple(got.shape)}"
-    bound = TOLERANCE[case.dtype] * float(expected.float().abs().max())
-    error = float((got.float() - expected.float()).abs().max())
-    return None if error <= bound else f"largest error {error:.3g}, allowed {bound:.3g}"
+        return f"{name}: expected {expected.dtype} {tuple(expected.shape)}, found {got.dtype} {tuple(got.shape)}"
+    infinite = torch.isinf(expected)
+    if not torch.equal(got[infinite], expected[infinite]):
+        return f"{name}: infinite where the reference is not, or the reverse"
+    error = (got.float() - expected.float()).masked_fill(infinite, 0).abs().max()
+    bound = tolerance * expected.float().masked_fill(infinite, 0).abs().max()
+    return None if error <= bound else f"{name}: largest error {error:.3g}, allowed {bound:.3g}"

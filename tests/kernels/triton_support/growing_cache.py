@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
-from torchaccel.kernels.triton.decode_attention import generate
+from torchaccel.kernels.triton.decode_source import generate
 from torchaccel.kernels.triton.source import load
 
 from .decode_cases import DecodeCase, run_decode_case

@@ -1,7 +1,8 @@
 """Make Triton's interpreter compute bfloat16 correctly: it works on the raw 16-bit patterns and truncates casts.
 
 Every operation on bfloat16 operands is done in float32 and rounded to nearest even, as the hardware does. ``install``
-changes the interpreter of the running process, so only the interpreter's own process calls it.
+changes the interpreter of the running process, so only the interpreter's own process calls it. It also lets a scalar
+condition be the mask of a tile, as the compiler does: the interpreter gives comparisons the type of their operands.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _narrow(data: Any) -> Any:
 
 _original = {
     name: getattr(_Builder, name)
-    for name in ("create_dot", "binary_op", "unary_op", "ternary_op", "cast_impl", "create_fp_to_fp")
+    for name in ("create_dot", "binary_op", "unary_op", "ternary_op", "cast_impl", "create_fp_to_fp", "create_splat")
 }
 
 
@@ -80,6 +81,12 @@ def _create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
     return _original["create_fp_to_fp"](self, source, target, rounding)
 
 
+def _create_splat(self: Any, kind: Any, scalar: Any) -> Any:
+    if scalar.data.dtype == np.bool_:
+        return _Handle(np.full(kind.shape, scalar.data.reshape(-1)[0]), tl.int1)
+    return _original["create_splat"](self, kind, scalar)
+
+
 def install() -> None:
     """Put the corrected operations into the interpreter of this process."""
     _Builder.create_dot = _create_dot
@@ -88,3 +95,4 @@ def install() -> None:
     _Builder.ternary_op = _ternary_op
     _Builder.cast_impl = _cast_impl
     _Builder.create_fp_to_fp = _create_fp_to_fp
+    _Builder.create_splat = _create_splat

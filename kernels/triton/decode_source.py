@@ -1,0 +1,125 @@
+"""Source of the decode attention kernels: what a spec asks of the templates, and the parameters they take."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+
+from ..spec import AttentionSpec, KVFormat
+from .source import render
+from .units import stride_unit
+
+_TENSORS = {
+    "q",
+    "k_buf",
+    "v_buf",
+    "out",
+    "part",
+    "lse",
+    "mass",
+    "k_new",
+    "v_new",
+    "mask",
+    "positions",
+    "index",
+    "head_windows",
+}
+
+
+def quantised_format(spec: AttentionSpec) -> KVFormat | None:
+    """The format that says which slots lie in blocks, that of the keys or of the values; None when both are dense."""
+    return next((fmt for fmt in (spec.key_format, spec.value_format) if fmt.is_quantised), None)
+
+
+def widest_tile(spec: AttentionSpec) -> int | None:
+    """Slots of the widest tile, a power of two, that has one block, one group and one list entry; None when any has."""
+    sizes = []
+    for fmt in (spec.key_format, spec.value_format):
+        if fmt.is_quantised:
+            sizes.append(fmt.group_size if fmt.axis == "channel" and spec.index != "tokens" else fmt.block)
+    if spec.index == "blocks":
+        sizes.append(spec.index_block)
+    size = gcd(*sizes)
+    return size & -size if sizes else None
+
+
+def skips_window(spec: AttentionSpec) -> bool:
+    """Whether tiles outside the window and the sinks are never visited."""
+    return spec.window is not None and not spec.positions and spec.index == "contiguous"
+
+
+def parameters(spec: AttentionSpec, append: bool, stream: bool = False) -> list[str]:
+    """Run-time parameters of the generated ``attend``, in order."""
+    names = ["q", "k_buf", "v_buf", "out", "part"]
+    names += ["lse"] if spec.lse or spec.mass else []
+    names += ["heads", "units", "unit_tiles", "each"] if stream else []
+    names += ["start", "end", "logical", "q_b", "q_h", "q_t", "k_b", "k_h", "v_b", "v_h"]
+    if append:
+        names += ["k_new", "v_new", "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"]
+    return names + _selection(spec, append)
+
+
+def weigh_parameters(spec: AttentionSpec) -> list[str]:
+    """Run-time parameters of the generated ``weigh``, in order."""
+    names = ["q", "k_buf", "lse", "mass", "capacity", "start", "end", "logical", "q_b", "q_h", "q_t", "k_b", "k_h"]
+    return names + _selection(spec, append=False)
+
+
+def _selection(spec: AttentionSpec, append: bool) -> list[str]:
+    """The parameters that say which keys a query sees."""
+    names = []
+    if spec.mask != "none":
+        names += ["mask", "mask_b", "mask_h", "mask_q", "mask_c"]
+        if spec.sinks and spec.window is not None:
+            names += ["mask_columns"]
+    if spec.positions:
+        names += ["positions", "positions_b"]
+    if spec.index != "contiguous":
+        names += ["index", "index_b", "index_h", "entries"] + ([] if append else ["since"])
+    if spec.head_windows and spec.window is not None:
+        names += ["head_windows"]
+    return names
+
+
+def completion_parameters(spec: AttentionSpec) -> list[str]:
+    """Run-time parameters of the generated ``complete_block``, in order."""
+    names = ["k_buf", "v_buf", "end", "logical", "k_b", "k_h", "v_b", "v_h"]
+    names += ["k_new", "v_new", "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"]
+    return names + (["positions", "positions_b"] if spec.positions else [])
+
+
+def _scalars(names: list[str]) -> str:
+    # mask_c is nearly always 1 and never changes with the length: it may be specialised.
+    return ", ".join(f'"{name}"' for name in names if name not in _TENSORS and name != "mask_c")
+
+
+@lru_cache(maxsize=512)
+def generate(spec: AttentionSpec, append: bool = True, stream: bool = False) -> str:
+    """Triton source of ``spec``: ``attend``, ``merge``, ``complete_block`` for quantised formats, ``weigh`` for mass.
+
+    ``append`` False generates the variant for buffers that already hold the new tokens (static caches, and caches whose
+    tail has just become a block): it writes nothing to them and skips tiles that a bool mask hides wholly; ``weigh`` is
+    part of it. ``stream`` makes every program take equally many tiles of all (batch row, KV head) units in turn.
+    """
+    quantised = quantised_format(spec)
+    return render(
+        "decode_attention.py.jinja",
+        spec,
+        append=append,
+        stream=stream,
+        scalars=_scalars,
+        parameters=parameters(spec, append, stream),
+        weigh_parameters=weigh_parameters(spec),
+        completion_parameters=completion_parameters(spec),
+        positions=spec.positions,
+        head_windows=spec.head_windows and spec.window is not None,
+        keys=spec.key_format,
+        values=spec.value_format,
+        block=quantised.block if quantised else None,
+        window_of_tail=quantised.window if quantised else None,
+        k_unit=stride_unit(spec.key_format),
+        v_unit=stride_unit(spec.value_format),
+        ranges=skips_window(spec),
+        skips_masked=spec.mask == "bool" and not append,
+        weighs=spec.mass and not append,
+    )
