@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from torchaccel.cost.probe import cache_bytes
 from torchaccel.evaluation.attention import run_attention
 from torchaccel.evaluation.bench import default_variants, session_document
 from torchaccel.evaluation.case import Case
-from torchaccel.evaluation.machine import Machine, cache_bytes
+from torchaccel.evaluation.machine import Machine
 from torchaccel.evaluation.models import LoadedModel, model_facts
 from torchaccel.evaluation.operators import problem as problems
 from torchaccel.evaluation.operators.capture import capture

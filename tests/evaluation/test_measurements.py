@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from torchaccel.cost.probe import ReadProbe
 from torchaccel.evaluation.fidelity import compare_logits, equal_share, greedy_prefix
-from torchaccel.evaluation.machine import ReadProbe, measure_machine, versions
+from torchaccel.evaluation.machine import measure_machine, versions
 from torchaccel.evaluation.memory import transient_peak
 
 CPU = torch.device("cpu")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from torchaccel.cost.traffic import Traffic
 from torchaccel.evaluation.machine import Machine
 from torchaccel.evaluation.models import LoadedModel, load_model, model_facts
-from torchaccel.evaluation.roofline import Work, decode_floor, density, prefill_floor, visible_pairs
+from torchaccel.evaluation.roofline import Work, decode_floor, density, prefill_floor
 from torchaccel.evaluation.variants import requested
 
 from .tiny import tiny_model
@@ -58,7 +59,7 @@ def test_prefill_counts_gemms_and_visible_pairs(work: Work) -> None:
 def test_visible_pairs_equal_a_mask() -> None:
     options = requested(STREAMING)
     counted = sum(1 for t in range(40) for c in range(t + 1) if c > t - 12 or c < 4)
-    assert visible_pairs(40, options) == counted
+    assert Traffic(options).visible_pairs(40) == counted
     assert density(40, options, decode=False) == pytest.approx(counted / 820)
     assert density(39, options, decode=True) == pytest.approx(16 / 40)
     assert density(39, {}, decode=True) is None

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from torchaccel.cost.probe import timed
 from torchaccel.evaluation.timing import (
     LoadWatch,
     Spread,
@@ -17,7 +18,6 @@ from torchaccel.evaluation.timing import (
     interleave,
     require_quiet,
     speedups,
-    timed,
 )
 
 

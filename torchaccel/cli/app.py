@@ -9,6 +9,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .info import info
 from .methods import methods
+from .predict import predict
 from .report import report
 
 app = typer.Typer(
@@ -17,5 +18,5 @@ app = typer.Typer(
     help="A torch.compile backend for long-context transformers: demonstration, benchmarks, methods.",
 )
 app.add_typer(bench, name="bench")
-for command in (demo, evaluate, methods, report, info):
+for command in (demo, evaluate, predict, methods, report, info):
     app.command()(command)

@@ -14,7 +14,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON obje
     """Versions and devices, as a bug report needs them; measures nothing."""
     import torch
 
-    from ..evaluation.machine import core_count, device_name, versions
+    from ..cost.probe import core_count, device_name
+    from ..evaluation.machine import versions
 
     facts: dict[str, Any] = {name: version for name, version in versions().items()}
     facts |= {"cpu": device_name(torch.device("cpu")), "cores": core_count(), "threads": torch.get_num_threads()}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost.probe import timed
 from .generate import Sample
 from .results import Result
 from .runners import runner_of
-from .timing import timed
 from .variants import Variant
 
 

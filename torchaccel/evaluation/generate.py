@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost.probe import timed
 from .models import text_config
-from .timing import timed
 
 
 class TokenClock:

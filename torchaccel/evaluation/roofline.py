@@ -5,24 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.spec import DTYPES, KVFormat
-from ..passes.layer_skipping.unified import executed_layers
+from ..cost.model import ModelSizes
+from ..cost.traffic import Methods, Traffic
+from ..kernels.spec import DTYPES
 from .machine import Machine
-from .models import ModelFacts, text_config
-
-KNOWN_METHODS = {
-    "layer_skipping": "unified",
-    "token_pruning": "fastv",
-    "kv_compression": "int8",
-    "sparse_attention": "streaming_llm",
-}
-
-
-Methods = Mapping[str, Mapping[str, Any]]
+from .models import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -36,16 +26,11 @@ class Work:
     @staticmethod
     def of(model: Any, facts: ModelFacts) -> Work | None:
         """The work of a dense decoder; None for experts, of which a token reads a part, and for encoders."""
-        config = text_config(model)
-        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        try:
+            sizes = ModelSizes.of(model)
+        except ValueError:
             return None
-        # Looking a token up reads one row of the embedding; the head reads all of its matrix, shared with it or not.
-        if model.get_output_embeddings() is None:
-            return None
-        head = model.get_output_embeddings().weight
-        outside = {id(head), id(model.get_input_embeddings().weight)}
-        layers = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside)
-        return Work(facts, layers // facts.layers, head.numel())
+        return Work(facts, sizes.layer_weights, sizes.other_weights)
 
 
 def decode_floor(work: Work, options: Methods, machine: Machine, *, batch: int, context: int) -> float | None:
@@ -53,25 +38,25 @@ def decode_floor(work: Work, options: Methods, machine: Machine, *, batch: int, 
 
     Every weight is read once per step, every visible key and value once per row of the batch.
     """
-    if not _modelled(options):
+    if Traffic(options).unknown:
         return None
     facts = work.facts
-    layers = _decode_layers(facts.layers, options)
+    layers = Traffic(options).decode_layers(facts.layers)
     size = DTYPES[facts.dtype].itemsize
     weights = work.layer_weights * layers + work.other_weights
-    kv = batch * layers * facts.kv_heads * _visible(context + 1, options) * _token_bytes(facts, options)
-    attention = 4.0 * batch * layers * facts.heads * facts.head_dim * _visible(context + 1, options)
+    kv = batch * layers * facts.kv_heads * Traffic(options).visible(context + 1) * _token_bytes(facts, options)
+    attention = 4.0 * batch * layers * facts.heads * facts.head_dim * Traffic(options).visible(context + 1)
     return _milliseconds(machine, facts.dtype, weights * size + kv, 2.0 * batch * weights + attention)
 
 
 def prefill_floor(work: Work, options: Methods, machine: Machine, *, batch: int, context: int) -> float | None:
     """Floor of one prompt in milliseconds (logits of the last token only); None as for ``decode_floor``."""
-    if not _modelled(options):
+    if Traffic(options).unknown:
         return None
     facts = work.facts
     flops = 2.0 * batch * work.other_weights
-    for tokens, layers in _prompt_lengths(facts.layers, context, options):
-        pairs = visible_pairs(tokens, options)
+    for tokens, layers in Traffic(options).prompt_lengths(facts.layers, context):
+        pairs = Traffic(options).visible_pairs(tokens)
         flops += layers * batch * (2.0 * tokens * work.layer_weights + 4.0 * facts.heads * facts.head_dim * pairs)
     return _milliseconds(machine, facts.dtype, facts.weight_bytes, flops)
 
@@ -80,27 +65,17 @@ def attention_floor(
     facts: ModelFacts, options: Methods, machine: Machine, *, batch: int, context: int, decode: bool
 ) -> float | None:
     """Floor of one layer's attention alone in milliseconds; None as for ``decode_floor``."""
-    if not _modelled(options):
+    if Traffic(options).unknown:
         return None
     if decode:
-        visible = _visible(context + 1, options)
+        visible = Traffic(options).visible(context + 1)
         size = facts.kv_heads * visible * _token_bytes(facts, options)
         pairs = visible
     else:
         # Queries, keys and values are read, the result is written.
         size = 2.0 * (facts.heads + facts.kv_heads) * context * facts.head_dim * DTYPES[facts.dtype].itemsize
-        pairs = visible_pairs(context, options)
+        pairs = Traffic(options).visible_pairs(context)
     return _milliseconds(machine, facts.dtype, batch * size, 4.0 * batch * facts.heads * facts.head_dim * pairs)
-
-
-def visible_pairs(tokens: int, options: Methods) -> int:
-    """Number of (query, key) pairs that causal attention over ``tokens`` tokens computes."""
-    method = options.get("sparse_attention")
-    dense = tokens * (tokens + 1) // 2
-    if method is None or "window" not in method:
-        return dense
-    seen = method["window"] + method["sinks"]
-    return dense if tokens <= seen else seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
 def density(context: int, options: Methods, *, decode: bool) -> float | None:
@@ -109,41 +84,13 @@ def density(context: int, options: Methods, *, decode: bool) -> float | None:
     if method is None or "window" not in method:
         return None
     if decode:
-        return _visible(context + 1, options) / (context + 1)
-    return visible_pairs(context, options) / visible_pairs(context, {})
-
-
-def _modelled(options: Methods) -> bool:
-    asked = {family: options[family] for family in KNOWN_METHODS if family in options}
-    return all(o["method"] == KNOWN_METHODS[family] and o.get("layers") is None for family, o in asked.items())
-
-
-def _decode_layers(layers: int, options: Methods) -> int:
-    method = options.get("layer_skipping")
-    return layers if method is None else len(executed_layers(layers, method["target_speedup"]))
-
-
-def _prompt_lengths(layers: int, context: int, options: Methods) -> list[tuple[int, int]]:
-    """(tokens, layers) of the parts of the depth: token pruning shortens the later one."""
-    method = options.get("token_pruning")
-    if method is None:
-        return [(context, layers)]
-    first = min(method["layer"], layers)
-    return [(context, first), (max(1, round(context * method["keep"])), layers - first)]
-
-
-def _visible(context: int, options: Methods) -> int:
-    method = options.get("sparse_attention")
-    return context if method is None else min(context, method["window"] + method["sinks"])
+        return Traffic(options).visible(context + 1) / (context + 1)
+    return Traffic(options).visible_pairs(context) / Traffic({}).visible_pairs(context)
 
 
 def _token_bytes(facts: ModelFacts, options: Methods) -> float:
     """Bytes of one token's key and value in one head."""
-    if options.get("kv_compression") is None:
-        return 2.0 * facts.head_dim * DTYPES[facts.dtype].itemsize
-    keys = KVFormat("int8", facts.dtype, facts.head_dim, "channel")
-    values = KVFormat("int8", facts.dtype, facts.head_dim, "token")
-    return keys.block_bytes / keys.block + values.block_bytes / values.block
+    return sum(fmt.token_bytes for fmt in Traffic(options).formats(facts.dtype, facts.head_dim))
 
 
 def _milliseconds(machine: Machine, dtype: str, size: float, flops: float) -> float:

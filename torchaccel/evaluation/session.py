@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..cost.probe import ReadProbe
 from .arms import Arm
 from .case import Case
-from .machine import Machine, ReadProbe
+from .machine import Machine
 from .models import LoadedModel, ModelFacts, model_facts
 from .results import Result
 from .roofline import Work

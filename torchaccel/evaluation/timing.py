@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 BUSY_CORES = 0.25
 QUIET_SECONDS = 1.0
 
@@ -34,28 +32,6 @@ class Spread:
     def to_dict(self) -> dict[str, float | int]:
         """The four numbers, milliseconds to a tenth of a microsecond."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call with its device work, in milliseconds; on CUDA between two events, with the L2 cache flushed."""
-    if device.type == "cuda":
-        return _timed_by_events(call, device)
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _timed_by_events(call: Callable[[], object], device: torch.device) -> float:
-    # What the call before left in L2 would be read for free; a buffer of twice its size takes its place.
-    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    torch.cuda.synchronize(device)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end)
 
 
 def interleave(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cost.probe import cache_bytes
 from ...kernels import reference
 from ...kernels.spec import DTYPES, AttentionSpec, KVFormat
-from ..machine import cache_bytes
 from ..models import ModelFacts
 
 # The copies together are this many times as large as the last cache.
