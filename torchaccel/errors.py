@@ -21,3 +21,19 @@ class EvictedTokensError(TorchaccelError, RuntimeError):
 
 class PeerError(TorchaccelError, RuntimeError):
     """A process that runs a baseline in an environment of its own hung, died or answered nonsense."""
+
+
+class TuningError(TorchaccelError, RuntimeError):
+    """Candidates cannot be measured: the process that measures does not start, or nothing is there to measure."""
+
+
+class CacheMissError(TorchaccelError, LookupError):
+    """With ``TORCHACCEL_ASSERT_CACHE_HIT=1``: the tuning cache holds nothing for what is being compiled."""
+
+
+class BundleError(TorchaccelError, ValueError):
+    """A bundle that is no bundle, is damaged, or may not be used."""
+
+
+class CacheWarning(UserWarning):
+    """The tuning cache or a bundle cannot be used, and torchaccel goes on without it."""
