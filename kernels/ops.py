@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, LinearSpec
 
 _SCHEMAS = {
@@ -17,6 +18,10 @@ _SCHEMAS = {
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
+    "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
+    "Tensor? channels, str spec) -> ()",
+    "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str spec) -> Tensor",
+    "select_prompt_blocks": "(Tensor q, Tensor k, Tensor? first, str spec) -> Tensor",
 }
 
 
@@ -32,9 +37,15 @@ def library() -> torch.library.Library:
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
+        lib.impl("summarise_keys", _summarise_keys, key)
+        lib.impl("select_blocks", _select_blocks, key)
+        lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
     for name in ("attend", "attend_static", "attend_prompt"):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
+    torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
+    torch.library.register_fake("torchaccel::select_blocks", _select_blocks_fake, lib=lib)
+    torch.library.register_fake("torchaccel::select_prompt_blocks", _select_prompt_blocks_fake, lib=lib)
     return lib
 
 
@@ -48,6 +59,16 @@ def _attend_run(spec: str, device: str, rows: int) -> Any:
 @lru_cache(maxsize=4096)
 def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
     return registry.linear(LinearSpec(dtype, rows, bias), device).run
+
+
+@lru_cache(maxsize=4096)
+def _summarise_run(spec: str, device: str) -> Any:
+    return registry.summarise(SummarySpec.from_key(spec), device).run
+
+
+@lru_cache(maxsize=4096)
+def _select_run(spec: str, device: str) -> Any:
+    return registry.select(SelectionSpec.from_key(spec), device).run
 
 
 def _attend(
@@ -82,9 +103,38 @@ def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
     return _linear_run(dtype, rows, bias, x.device.type)(x, weights, biases)
 
 
+def _summarise_keys(
+    k_new: Tensor, summary: Tensor, sums: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+) -> None:
+    _summarise_run(spec, k_new.device.type)(k_new, summary, sums, lens, first, channels)
+
+
+def _select_blocks(
+    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+) -> Tensor:
+    return _select_run(spec, q.device.type)(q, summary, lens, first, channels)
+
+
+def _select_prompt_blocks(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:
+    run = registry.select_prompt(PromptSelectionSpec.from_key(spec), q.device.type).run
+    return run(q, k, first)
+
+
 def _like_query(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
+
+
+def _select_blocks_fake(
+    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+) -> Tensor:
+    return q.new_empty((q.shape[0], summary.shape[1], SelectionSpec.from_key(spec).width), dtype=torch.int32)
+
+
+def _select_prompt_blocks_fake(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:
+    chosen = PromptSelectionSpec.from_key(spec)
+    blocks = (q.shape[2] + chosen.block - 1) // chosen.block
+    return q.new_empty((*q.shape[:2], blocks, chosen.width), dtype=torch.int32)

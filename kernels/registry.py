@@ -8,7 +8,8 @@ from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
-from . import composed, kv_format, reference
+from . import composed, kv_format, reference, selection_reference
+from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
 
 # Above this many new tokens dense GEMM kernels beat one-row kernels, which read the cache once per row.
@@ -69,6 +70,34 @@ def append(fmt: KVFormat, device: str) -> Choice:
         if reason is None:
             return Choice("cpp", module.append(fmt))
     return Choice("reference", partial(kv_format.append, fmt), reason)
+
+
+@lru_cache(maxsize=256)
+def summarise(spec: SummarySpec, device: str) -> Choice:
+    """The implementation of keeping a summary of keys up to date."""
+    return _selection(spec, device, "summary", "summarise")
+
+
+@lru_cache(maxsize=1024)
+def select(spec: SelectionSpec, device: str) -> Choice:
+    """The implementation of choosing what a decode step reads."""
+    return _selection(spec, device, "selection", "select")
+
+
+@lru_cache(maxsize=1024)
+def select_prompt(spec: PromptSelectionSpec, device: str) -> Choice:
+    """The implementation of choosing what every block of a prompt reads."""
+    return _selection(spec, device, "prompt_selection", "select_prompt")
+
+
+def _selection(spec: SummarySpec | SelectionSpec | PromptSelectionSpec, device: str, module: str, name: str) -> Choice:
+    reason: str | None = f"no generated kernels for device {device}"
+    if device == "cpu":
+        generated = import_module(f".cpp.{module}", __package__)
+        reason = generated.supports(spec)
+        if reason is None:
+            return Choice("cpp", getattr(generated, name)(spec))
+    return Choice("reference", partial(getattr(selection_reference, name), spec), reason)
 
 
 def attend(spec: AttentionSpec, device: str, rows: int) -> Callable[..., Any]:

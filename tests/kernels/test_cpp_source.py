@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch._inductor import config
 from torchaccel.kernels import reference
-from torchaccel.kernels.cpp import append, attention, linear, window_prefill
+from torchaccel.kernels.cpp import append, attention, linear, selection, summary, window_prefill
 from torchaccel.kernels.cpp import compile as toolchain
 from torchaccel.kernels.spec import LinearSpec
 
 from tests.kernels.cpp_support.cases import SPECS, assert_same, inputs
 from tests.kernels.test_cpp_prefill import SPECS as PREFILL_SPECS
+from tests.kernels.test_selection import SPECS as SELECTION_SPECS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cpp"
 SOURCES = {
@@ -26,6 +27,10 @@ SOURCES = {
     "prefill_bf16_window": lambda: window_prefill.source(PREFILL_SPECS["bf16_window"]),
     "linear_bf16_3": lambda: linear.source(LinearSpec("bfloat16", 1, False), 3),
     "append_int8_keys": lambda: append.source(SPECS["bf16_int8_bool"].key_format),
+    "summary_bounds_bf16": lambda: summary.source(SELECTION_SPECS["bounds_bf16"].summary),
+    "summary_mean_bf16": lambda: summary.source(SELECTION_SPECS["mean_bf16_softmax"].summary),
+    "selection_bounds_bf16": lambda: selection.source(SELECTION_SPECS["bounds_bf16"]),
+    "selection_mean_softmax_mass": lambda: selection.source(SELECTION_SPECS["mean_bf16_softmax"]),
 }
 
 
