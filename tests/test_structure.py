@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torchaccel.errors": (),
     "torchaccel.runtime": ("torchaccel.kernels", "torchaccel.errors"),
     "torchaccel.cost": ("torchaccel.kernels", "torchaccel.errors"),
+    "torchaccel.tuning": ("torchaccel.cost", "torchaccel.kernels", "torchaccel.errors"),
     "torchaccel.passes": (
         "torchaccel.graph",
         "torchaccel.runtime",

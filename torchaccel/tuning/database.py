@@ -55,7 +55,7 @@ class Database:
         """What ``work`` returns, or ``nothing`` when there is no file or it cannot be read."""
 
         def attempt() -> Result:
-            return self._reading(work) if self.path.exists() else nothing
+            return self._reading(work, nothing) if self.path.exists() else nothing
 
         return self._attempt(attempt, nothing, "nothing is looked up in it")
 
@@ -95,14 +95,13 @@ class Database:
                     return self._give_up(str(error), consequence, otherwise)
         return otherwise
 
-    def _reading(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    def _reading(self, work: Callable[[sqlite3.Connection], Result], nothing: Result) -> Result:
         # WAL needs a writable index beside the file even for reading; where there is none, the file alone is read.
         with self._locked():
             for mode in ("rw", "ro", "immutable"):
                 try:
                     with self._connection(mode) as connection:
-                        self._check_format(connection)
-                        return work(connection)
+                        return work(connection) if self._check_format(connection) else nothing
                 except sqlite3.OperationalError:
                     if mode == "immutable":
                         raise
