@@ -179,8 +179,8 @@ def time_point(point: Point, device: torch.device, rounds: int) -> None:
         calls[candidate] = call
         repeats[candidate] = 1 if device.type == "cuda" else max(1, int(SAMPLE_MS / once))
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in calls}
-    for turn in range(rounds):
-        order = list(calls)
+    order = list(calls)
+    for turn in range(rounds if order else 0):
         for candidate in order[turn % len(order) :] + order[: turn % len(order)]:
             many = partial(again, calls[candidate], repeats[candidate])
             times[candidate].append(timed(many, device) / repeats[candidate])

@@ -87,6 +87,24 @@ def test_how_threads_share_the_tiles(
     assert found.pieces == pieces
 
 
+@pytest.mark.parametrize(
+    ("split", "tokens", "load", "launches"),
+    [
+        # Eight KV heads on 132 multiprocessors: one program each leaves most of them idle; 33 splits fill them twice.
+        ("single", 131072, 1 / 8, 1),
+        ("kv", 131072, 2 * 63 / (8 * 2048), 2),
+        # 16384 tiles for 264 programs: 63 tiles each.
+        ("stream", 131072, 2 * 63 / 16384, 2),
+        ("kv", 64, 1 / 8, 1),
+    ],
+)
+def test_how_multiprocessors_share_the_tiles(split: str, tokens: int, load: float, launches: int) -> None:
+    candidate = Candidate("triton", (("block_n", 64), ("split", split), ("stages", 3), ("warps", 4)))
+    found = amounts(attention(), candidate, AttentionShape(1, 8, 1, tokens), 132)
+    assert found.load == pytest.approx(load)
+    assert found.launches == launches
+
+
 def test_a_window_bounds_what_is_read() -> None:
     spec = replace(attention(), window=1024, sinks=4)
     short, long = (amounts(spec, Candidate("cpp"), AttentionShape(1, 8, 1, n), 2) for n in (4096, 65536))

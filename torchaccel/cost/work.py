@@ -131,22 +131,31 @@ def _cpp_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
 
 
 def _triton_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
-    """One program reads a part of a KV head; with several parts a second kernel merges them."""
+    """One program reads a part of a KV head; where a KV head has several a second kernel merges them."""
     block, stages = int(config.get("block_n", 64)), int(config.get("stages", 3))
     tiles = ceiling(density * S_kv / block)
     heads = B * H_kv
-    if config.get("splits"):
-        splits = sympy.Integer(config["splits"])
-    else:  # two programs per multiprocessor, at least 256 tokens each, equally many tiles for every one
+    split = config.get("split", "kv")
+    if split == "stream":  # an even share of all tiles for two programs per multiprocessor, 256 tokens at least
+        share = Max(1, ceiling(heads * tiles / (2 * P)), Min(-(-256 // block), heads * tiles))
+        programs = ceiling(heads * tiles / share)
+        # The parts of a program at its two ends belong to KV heads that it shares with others.
+        load, parts = share * ceiling(programs / P) / (heads * tiles), 2 * programs
+        is_split: Any = sympy.Integer(1)
+    elif split in ("kv", "single"):
+        # Two programs per multiprocessor, 256 tokens at least, equally many tiles for every one.
         wanted = Max(1, Min(floor(2 * P / heads), ceiling(density * S_kv / 256)))
-        splits = ceiling(tiles / ceiling(tiles / wanted))
-    programs = heads * splits
-    is_split = Min(1, splits - 1)
-    partials = B * H_q * S_q * splits * is_split
+        splits = sympy.Integer(config.get("splits", 1)) if split == "single" or "splits" in config else None
+        splits = ceiling(tiles / ceiling(tiles / wanted)) if splits is None else splits
+        programs = heads * splits
+        load = ceiling(tiles / splits) * splits / tiles * ceiling(programs / P) / programs
+        is_split = Min(1, splits - 1)
+        parts = programs * is_split
+    else:
+        raise ValueError(f"the Triton decode kernel is split 'kv', 'stream' or 'single'; found {split!r}")
+    partials = parts * H_q / H_kv * S_q
     pairs = B * H_q * S_q * S_kv * density
     tile = 2 * block * D * bits / 8
-    # Programs of a tile or more; those of a last wave leave processors idle.
-    rounding = ceiling(tiles / splits) * splits / tiles
     return _work(
         ATTENTION,
         size=_stored(density) + _queries() + 2 * 4 * partials * (D + 2),
@@ -155,7 +164,7 @@ def _triton_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
         flops=4 * pairs * D * Max(1, TRITON_ROWS * H_kv / (H_q * S_q)),
         rows=pairs,
         codes=_codes(quantised, density),
-        load=rounding * ceiling(programs / P) / programs,
+        load=load,
         pieces=partials,
         launches=1 + is_split,
         in_flight=Max(1, stages - 1) * tile * Max(1, Min(2, programs / P)),
