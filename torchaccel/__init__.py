@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchaccel.api import compile, explain, report
+    from torchaccel.api import compile, explain, report, tune
     from torchaccel.evaluation.evaluation import evaluate
     from torchaccel.prediction import predict
     from torchaccel.runtime.kv import kv_bytes, to_dense
 
-__all__ = ["compile", "evaluate", "explain", "kv_bytes", "predict", "report", "to_dense"]
+__all__ = ["compile", "evaluate", "explain", "kv_bytes", "predict", "report", "to_dense", "tune"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use, so that importing the package costs nothing and touches no device.
-    if name in ("compile", "explain", "report"):
+    if name in ("compile", "explain", "report", "tune"):
         from torchaccel import api
 
         return getattr(api, name)

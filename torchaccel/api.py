@@ -1,4 +1,4 @@
-"""The Python API: compile a model in place, explain before, report after."""
+"""The Python API: compile a model in place, tune and explain before, report after."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from inspect import signature
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from torchaccel.backend import Backend
+from torchaccel.capture import capture_tasks
 from torchaccel.entry_point import journal
+from torchaccel.errors import TuningError
 from torchaccel.options import resolve
 from torchaccel.reporting import Journal, Report
+from torchaccel.tuning.cache import TuningCache, default_path
+from torchaccel.tuning.tuner import Effort, Progress, Summary, Tuner
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -36,6 +41,31 @@ def _isolation() -> dict[str, bool]:
 def report(model: torch.nn.Module) -> Report:
     """What was compiled for ``model`` so far: what fired where, what declined and why, bytes, time, recompiles."""
     return journal().of(model)
+
+
+def tune(
+    model: torch.nn.Module,
+    inputs: Tensor | Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    effort: Effort = "quick",
+    budget: float | None = 120.0,
+    progress: Progress | None = None,
+) -> Summary:
+    """Measure the kernels that ``model`` needs for prompts of the size of ``inputs``, and for the tokens behind them.
+
+    inputs: token ids ``[B, S]``, or keyword arguments. options: as for compiling; ``options["cache"]`` names the file
+    of results. effort: "quick" (the likeliest candidates) or "full" (all). budget: seconds, None for no limit. What the
+    cache has is not measured again. Raises ``TuningError`` when nothing in the model can be tuned.
+    """
+    tasks = capture_tasks(model, inputs, options)
+    if not tasks:
+        raise TuningError(
+            "no kernel of torchaccel's was found in this model for these inputs and options; "
+            "torchaccel.explain(model, ...) says what was declined and why"
+        )
+    cache = TuningCache(resolve(options).cache or default_path())
+    device = next(model.parameters()).device
+    return Tuner(cache, device, effort=effort, budget=budget).run(tasks, progress)
 
 
 def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **keywords: Any) -> Report:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torchaccel.errors import OptionsError
+from torchaccel.errors import CacheMissError, OptionsError
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
-from torchaccel.passes.lowering.attention import AttentionLowering
+from torchaccel.passes.lowering.attention import AttentionLowering, Lowered
 from torchaccel.passes.lowering.linear import lower_linear
 from torchaccel.passes.manager import PassManager
 from torchaccel.reporting import GraphRecord, Journal
 from torchaccel.runtime.compiled_graph import CompiledGraph, plain
 from torchaccel.runtime.kv import LogicalKV
+from torchaccel.tuning.deployment import Deployment
 
 
 class Backend:
@@ -33,6 +34,7 @@ class Backend:
         """journal: where the records go. execute_only: rewrite but do not compile (for ``explain``)."""
         self.journal = journal
         self.execute_only = execute_only
+        self.deployment = Deployment()
         self.graphs_received = 0
 
     def __call__(
@@ -53,14 +55,28 @@ class Backend:
         self.journal.add(record, inputs)
         compile_rest = self._compiler(mode)
         record.declined = _unsuitable(inputs)
-        compiled = None
+        brought = self.deployment.bring(resolved.bundle, resolved.trust, _device(inputs), strict=resolved.strict)
+        with self.deployment.settings(brought):
+            compiled = self._compile(gm, inputs, resolved, record, compile_rest)
+        record.compile_seconds = time.perf_counter() - began
+        return compiled
+
+    def _compile(
+        self,
+        gm: GraphModule,
+        inputs: list[Any],
+        options: Options,
+        record: GraphRecord,
+        compile_rest: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        """The accelerated graph, or the exact one with the reason in ``record``."""
         if record.declined is None:
             try:
-                compiled = self._accelerate(gm, inputs, resolved, record, compile_rest)
-            except OptionsError:
+                return self._accelerate(gm, inputs, options, record, compile_rest)
+            except (OptionsError, CacheMissError):
                 raise
             except Exception as error:
-                if resolved.strict:
+                if options.strict:
                     raise
                 record.declined = f"{type(error).__name__}: {error}"
                 warnings.warn(
@@ -68,10 +84,7 @@ class Backend:
                     "Inductor, exactly. Set options={'strict': True} to get the error itself",
                     stacklevel=2,
                 )
-        if compiled is None:
-            compiled = _exact(gm, inputs, compile_rest)
-        record.compile_seconds = time.perf_counter() - began
-        return compiled
+        return _exact(gm, inputs, compile_rest)
 
     def _accelerate(
         self,
@@ -81,6 +94,20 @@ class Backend:
         record: GraphRecord,
         compile_rest: Callable[..., Any],
     ) -> Callable[..., Any]:
+        module, lowered = self.rewrite(gm, inputs, options, record)
+        if options.tune != "none" and not self.execute_only:
+            tokens = max((t.shape[2] for t in inputs if isinstance(t, LogicalKV)), default=None)
+            if self.deployment.tune(module.graph, tokens, options.cache, options.tune, _device(inputs)):
+                module, lowered = self.rewrite(gm, inputs, options, record)
+        dense = _dense_examples(gm, inputs)
+        examples = [dense[i] for i in lowered.bindings.arguments] + lowered.inputs
+        compiled = compile_rest(module, examples)
+        return CompiledGraph(compiled, lowered.bindings, record.counter)
+
+    def rewrite(
+        self, gm: GraphModule, inputs: list[Any], options: Options, record: GraphRecord
+    ) -> tuple[GraphModule, Lowered]:
+        """A rewritten copy of ``gm``, not compiled, and its signature; what was done goes into ``record``."""
         # Dynamo reads the original's placeholders again after the backend returns: work on a copy.
         module = GraphModule(gm, copy.deepcopy(gm.graph))
         device = _device(inputs)
@@ -98,10 +125,7 @@ class Backend:
         module.recompile()
         module.meta = {}
         manager.dump(context.graph, label, 90, "lowered")
-        dense = _dense_examples(gm, inputs)
-        examples = [dense[i] for i in lowered.bindings.arguments] + lowered.inputs
-        compiled = compile_rest(module, examples)
-        return CompiledGraph(compiled, lowered.bindings, record.counter)
+        return module, lowered
 
     def _compiler(self, mode: str | None) -> Callable[..., Any]:
         if self.execute_only:

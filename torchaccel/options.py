@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -21,25 +21,38 @@ PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"kv_compression": "int8"},
 }
-SWITCHES = ("strict",)
-KEYS = ("preset", *FAMILIES, *SWITCHES)
+EFFORTS = ("none", "quick", "full")
+SETTINGS = ("strict", "cache", "tune", "bundle", "trust")
+KEYS = ("preset", *FAMILIES, *SETTINGS)
 
 
 @dataclass(frozen=True)
 class Options:
     """What one compilation was asked to do: its methods in the order they rewrite, and where each value came from.
 
+    strict: raise instead of declining. cache: the file of tuned timings, None for the default one. tune: effort spent
+    on kernels that have no timings yet. bundle: what a deployment brings along; trust: also run the code in it.
     sources: option name -> "options", the environment variable, the file, or "preset:<name>".
     """
 
     methods: tuple[Method, ...]
     strict: bool
     sources: dict[str, str]
+    cache: Path | None = None
+    tune: Literal["none", "quick", "full"] = "none"
+    bundle: Path | None = None
+    trust: bool = False
 
     def requested(self) -> dict[str, Any]:
         """The options as plain data: family -> {"method": name, every parameter that has a value}."""
-        found = {m.family: {"method": m.name, **m.options.model_dump(exclude_none=True)} for m in self.methods}
-        return {**found, "strict": self.strict} if self.strict else found
+        found: dict[str, Any] = {
+            m.family: {"method": m.name, **m.options.model_dump(exclude_none=True)} for m in self.methods
+        }
+        for key in SETTINGS:
+            value = getattr(self, key)
+            if value not in (None, False, "none"):
+                found[key] = str(value) if isinstance(value, Path) else value
+        return found
 
 
 def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
@@ -62,9 +75,20 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
         value, where_from = values.get(family, (None, ""))
         if value not in (None, False, "none"):
             methods.append(_method(family, value, where_from))
-    strict = _flag("strict", values.get("strict", (False, ""))[0])
     sources = {key: where_from for key, (_, where_from) in values.items()}
-    return Options(tuple(methods), strict, sources)
+    given = {key: value for key, (value, _) in values.items()}
+    tune = given.get("tune", "none")
+    if tune not in EFFORTS:
+        raise _unknown("tune effort", tune, EFFORTS)
+    return Options(
+        tuple(methods),
+        _flag("strict", given.get("strict", False)),
+        sources,
+        cache=_path("cache", given.get("cache")),
+        tune=tune,
+        bundle=_path("bundle", given.get("bundle")),
+        trust=_flag("trust", given.get("trust", False)),
+    )
 
 
 def _from_call(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any]:
@@ -139,6 +163,12 @@ def _flag(key: str, value: Any) -> bool:
     if value in (True, False, 0, 1):
         return bool(value)
     raise OptionsError(f"{key} must be true or false; found {value!r}")
+
+
+def _path(key: str, value: Any) -> Path | None:
+    if value is None or (isinstance(value, (str, Path)) and str(value)):
+        return None if value is None else Path(value).expanduser()
+    raise OptionsError(f"{key} must be the path of a file; found {value!r}")
 
 
 def _unknown(what: str, found: Any, known: Any) -> OptionsError:

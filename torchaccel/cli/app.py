@@ -5,12 +5,15 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .bundle import bundle
+from .cache import cache
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
 from .methods import methods
 from .predict import predict
 from .report import report
+from .tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,5 +21,7 @@ app = typer.Typer(
     help="A torch.compile backend for long-context transformers: demonstration, benchmarks, methods.",
 )
 app.add_typer(bench, name="bench")
-for command in (demo, evaluate, predict, methods, report, info):
+app.add_typer(cache, name="cache")
+app.add_typer(bundle, name="bundle")
+for command in (demo, evaluate, predict, tune, methods, report, info):
     app.command()(command)

@@ -1,0 +1,65 @@
+"""Which kernels a model needs, read off its rewritten graphs; nothing is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from torchaccel.backend import Backend
+from torchaccel.options import resolve
+from torchaccel.reporting import GraphRecord, Journal
+from torchaccel.tuning.tasks import tasks_in
+from torchaccel.tuning.tuner import Task
+
+# The model is traced with prompts of so many tokens at most: enough for every choice that depends on their length.
+TOKENS = 512
+
+
+def capture_tasks(
+    model: nn.Module, inputs: Tensor | Mapping[str, Any], options: Mapping[str, Any] | None
+) -> list[Task]:
+    """The tasks of ``model`` for a prompt of the size of ``inputs``, and for the token after it where there is a cache.
+
+    inputs: token ids ``[B, S]``, or the model's keyword arguments, each ``[B, S, ...]`` or independent of S. A shorter
+    prompt runs through the model as it is; its rewritten graphs are looked at, for S tokens.
+    """
+    arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    sizes = [value.shape[:2] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1]
+    if not sizes:
+        raise ValueError(f"inputs must hold a tensor [B, S, ...]; found {', '.join(arguments) or 'nothing'}")
+    tokens = sizes[0][1]
+    resolved = resolve(options)
+    backend = Backend(Journal(), execute_only=True)
+    found: list[Task] = []
+
+    def look(gm: GraphModule, examples: list[Any]) -> Any:
+        module, _ = backend.rewrite(gm, list(examples), resolved, GraphRecord("unknown", {}, {}))
+        found.extend(tasks_in(module.graph, tokens))
+        return gm.forward
+
+    compiled = torch.compile(model.forward, backend=look)
+    short = {name: _cut(value, tokens) for name, value in arguments.items()}
+    with torch.no_grad():
+        output = compiled(**short)
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and "input_ids" in short:
+            compiled(**_next(short), past_key_values=cache)
+    return list({(task.spec, tuple(sorted(task.shape.items()))): task for task in found}.values())
+
+
+def _cut(value: Any, tokens: int) -> Any:
+    along = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens
+    return value[:, :TOKENS] if along else value
+
+
+def _next(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the step after ``prompt``: one token a row, and a mask that is one column longer."""
+    step = {"input_ids": prompt["input_ids"][:, -1:]}
+    mask = prompt.get("attention_mask")
+    if mask is not None:
+        step["attention_mask"] = torch.cat([mask, mask[:, -1:]], 1)
+    return step
