@@ -33,6 +33,9 @@ SOURCES = {
         replace(DENSE, window=1024, sinks=4, mask="additive", softcap=30.0, head_dim=80)
     ),
     "prefill_window_sinks": lambda: window_prefill.generate(WINDOW),
+    "prefill_blocks_lse_mass": lambda: window_prefill.generate(
+        replace(WINDOW, window=None, index="blocks", lse=True, mass=True)
+    ),
     "prefill_window_sinks_bool_mask": lambda: window_prefill.generate(replace(WINDOW, mask="bool")),
 }
 
@@ -155,7 +158,9 @@ def test_decode_declines(spec: AttentionSpec, new_tokens: int, reason: str) -> N
     ("change", "reason"),
     [
         ({"phase": "decode"}, "phase"),
-        ({"causal": False}, "not causal"),
+        ({"head_windows": True}, "windows of single heads"),
+        ({"index": "tokens"}, "not of tokens"),
+        ({"index": "blocks", "index_block": 24}, "multiple of 16 tokens"),
         ({"head_dim": 257}, "head dimensions"),
         ({"positions": True}, "positions"),
         ({"softcap": -1.0}, "softcap"),
@@ -189,6 +194,20 @@ def test_configs_can_be_built_and_start_with_the_tables(spec: AttentionSpec) -> 
     assert {dict(config)["split"] for config in found} == {"kv", "stream", "single"}
     for config in found:
         decode_attention.decode_attention(spec, **dict(config))
+
+
+@pytest.mark.parametrize("spec", [WINDOW, replace(WINDOW, index="blocks", index_block=32)])
+def test_prefill_configs_can_be_built_and_start_with_the_tables(spec: AttentionSpec) -> None:
+    found = window_prefill.configs(spec)
+    assert len(set(found)) == len(found) > 3
+    family, _ = tiles.device_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    table, limit = tiles.prefill_tile(spec, family), 32 if spec.index == "blocks" else 128
+    first = {"block_m": min(table.block_m, limit), "block_n": min(table.block_n, limit)}
+    assert dict(found[0]) == {**first, "stages": table.stages, "warps": table.warps}
+    for config in found:
+        window_prefill.prefill_attention(spec, **dict(config))
+    with pytest.raises(ValueError, match="block_n"):
+        window_prefill.prefill_attention(spec, block_n=24)
 
 
 @pytest.mark.parametrize("total", [1, 3, 17, 264, 265, 5000])

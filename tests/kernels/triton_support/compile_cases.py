@@ -82,7 +82,6 @@ _VARIANTS: dict[str, tuple[str, DecodeCase]] = {
     "static": ("attend", DecodeCase("", mask="bool", append=False, head_dim=128)),
     "stream": ("attend", DecodeCase("", split="stream", head_dim=128)),
     "stream-int4": ("attend", DecodeCase("", split="stream", tail=64, **_INT4)),
-    "int8": ("attend", DecodeCase("", **_INT8)),
     "int2": ("attend", DecodeCase("", keys="int2", values="int2", head_dim=128)),
     "int4-groups": ("attend", DecodeCase("", key_group=32, value_group=32, tail=64, **_INT4)),
     "int4-other-axes": ("attend", DecodeCase("", key_axis="token", key_group=64, value_axis="channel", **_INT4)),
@@ -93,14 +92,21 @@ _VARIANTS: dict[str, tuple[str, DecodeCase]] = {
     "weigh": ("weigh", DecodeCase("", mass=True, append=False, head_dim=128)),
     "weigh-blocks-int4": ("weigh", DecodeCase("", mass=True, append=False, index="blocks", **_INT4)),
 }
+_PREFILL_VARIANTS: dict[str, tuple[str, PrefillCase]] = {
+    "mask": ("attend", PrefillCase("", mask="bool", window=1000, head_dim=128)),
+    "blocks-64": ("attend", PrefillCase("", index_block=64, window=None, sinks=0, head_dim=128)),
+    "blocks-128": ("attend", PrefillCase("", index_block=128, window=None, sinks=0, head_dim=128, lse=True)),
+    "weigh": ("weigh", PrefillCase("", mass=True, window=None, sinks=0, head_dim=128)),
+    "weigh-blocks": ("weigh", PrefillCase("", index_block=64, mass=True, window=None, sinks=0, head_dim=128)),
+}
 
 
 def _variant_cases() -> Iterator[CompileCase]:
     for family in SHARED_LIMIT:
         for name, (kernel, case) in _VARIANTS.items():
             yield CompileCase(f"{name}-{family}", kernel, family, case)
-        masked = PrefillCase("mask", mask="bool", window=1000, head_dim=128)
-        yield CompileCase(f"prefill-mask-{family}", "attend", family, masked)
+        for name, (kernel, prompt) in _PREFILL_VARIANTS.items():
+            yield CompileCase(f"prefill-{name}-{family}", kernel, family, prompt)
 
 
 _TYPES = {
@@ -143,19 +149,24 @@ def _decode(kernel: str, case: DecodeCase, family: str) -> tuple[Any, dict[str, 
     return getattr(module, kernel), types, constants, config.warps, config.stages
 
 
-def _prefill(case: PrefillCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+def _prefill(kernel: str, case: PrefillCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
     spec = case.spec()
     module = load(window_prefill.generate(spec), "window_prefill")
     tile = prefill_tile(spec, family)
-    types = dict.fromkeys(window_prefill.parameters(spec), "i32")
+    widest = spec.index_block if spec.index == "blocks" else 128
+    types = dict.fromkeys(getattr(module, kernel).arg_names, "i32")
     types |= dict.fromkeys(("q", "k", "v", "out"), _ELEMENT[case.dtype])
-    types |= {"mask": "*i1" if case.mask == "bool" else "*fp32"}
-    constants: dict[str, Any] = {"BM": tile.block_m, "BN": tile.block_n, "PRECISION": PRECISION[family]}
+    types |= {"mask": "*i1" if case.mask == "bool" else "*fp32", "lse": "*fp32", "mass": "*fp32", "index": "*i32"}
+    constants: dict[str, Any] = {
+        "BM": min(tile.block_m, widest),
+        "BN": min(tile.block_n, widest),
+        "PRECISION": PRECISION[family],
+    }
     if case.mask != "none":
         constants |= {"mask_c": 1}
         if case.mask == "additive" and case.sinks:
             constants |= {"MASK_FLOOR": -1.7e38}
-    return module.attend, types, constants, tile.warps, tile.stages
+    return getattr(module, kernel), types, constants, tile.warps, tile.stages
 
 
 def main() -> None:
@@ -169,7 +180,7 @@ def main() -> None:
             if isinstance(item.case, DecodeCase):
                 fn, types, constants, warps, stages = _decode(item.kernel, item.case, item.family)
             else:
-                fn, types, constants, warps, stages = _prefill(item.case, item.family)
+                fn, types, constants, warps, stages = _prefill(item.kernel, item.case, item.family)
             used = usage(compile_for(fn, types, constants, item.family, warps, stages))
             line |= {"registers": used.registers, "spilt": used.spilt, "shared": used.shared}
         except Exception:

@@ -1,4 +1,4 @@
-"""Prefill attention cases over a window and sinks: inputs, the expected result, and the check."""
+"""Prefill attention cases over a window and sinks, or listed blocks: inputs, the expected result, and the check."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torchaccel.kernels import reference
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
-from torchaccel.kernels.triton.tiles import Tile
 from torchaccel.kernels.triton.window_prefill import prefill_attention
 
-from .decode_cases import TOLERANCE
+from .decode_cases import TOLERANCE, difference
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,15 @@ class PrefillCase:
     head_dim: int = 64
     group: int = 4
     dtype: str = "bfloat16"
+    causal: bool = True
     softcap: float | None = None
     mask: Literal["none", "bool", "additive"] = "none"
     left_padding: tuple[int, ...] = ()
     window: int | None = 40
     sinks: int = 4
+    index_block: int = 0
+    lse: bool = False
+    mass: bool = False
     batch: int = 1
     kv_heads: int = 1
     tokens: int = 200
@@ -45,10 +48,15 @@ class PrefillCase:
             key_format=fmt,
             value_format=fmt,
             scale=0.2,
+            causal=self.causal,
             softcap=self.softcap,
             mask=self.mask,
             window=self.window,
             sinks=self.sinks,
+            index="blocks" if self.index_block else "contiguous",
+            index_block=self.index_block or 64,
+            lse=self.lse,
+            mass=self.mass,
         )
 
 
@@ -65,7 +73,19 @@ PREFILL_CASES = [
     PrefillCase("prefill_softcap", softcap=5.0, group=1, dtype="float32", tokens=100),
     PrefillCase("prefill_bool_mask", mask="bool", left_padding=(0, 123), batch=2, group=1),
     PrefillCase("prefill_additive_mask", mask="additive", left_padding=(0, 42), batch=2, group=1, dtype="float32"),
-    PrefillCase("prefill_padding_hides_all", mask="bool", left_padding=(1000,), group=1, tokens=70),
+    PrefillCase(
+        "prefill_padding_hides_all", mask="bool", left_padding=(1000,), group=1, tokens=70, lse=True, mass=True
+    ),
+    PrefillCase("prefill_not_causal", causal=False, window=None, sinks=0, group=3, tokens=123, dtype="float32"),
+    PrefillCase("prefill_not_causal_window", causal=False, group=1, tokens=200, dtype="float32"),
+    PrefillCase("prefill_sides", group=3, tokens=150, lse=True, mass=True, batch=2),
+    PrefillCase("prefill_mass_additive", mask="additive", group=2, tokens=123, mass=True, dtype="float32", kv_heads=2),
+    PrefillCase("prefill_blocks", window=None, sinks=0, index_block=64, tokens=300, group=3, batch=2),
+    PrefillCase(
+        "prefill_blocks_sides", index_block=32, tokens=123, group=2, dtype="float32", lse=True, mass=True, kv_heads=2
+    ),
+    PrefillCase("prefill_blocks_masked", index_block=48, tokens=130, mask="bool", left_padding=(42,), tile=(16, 16)),
+    PrefillCase("prefill_blocks_not_causal", index_block=32, tokens=100, causal=False, window=None, dtype="float32"),
 ]
 
 
@@ -78,19 +98,41 @@ def run_prefill_case(case: PrefillCase, device: torch.device) -> str | None:
 
     q, k, v = random(case.kv_heads * case.group), random(case.kv_heads), random(case.kv_heads)
     mask = _mask(case, generator)
-    expected = reference.prefill_attention(case.spec(), q, k, v, mask)
+    index = _index(case, generator)
+    expected = _results(reference.prefill_attention(case.spec(), q, k, v, mask, index))
     if case.transposed:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    moved = [None if x is None else x.to(device) for x in (q, k, v, mask)]
-    bound = TOLERANCE[case.dtype] * float(expected.float().abs().max())
+    moved = [None if x is None else x.to(device) for x in (q, k, v, mask, index)]
+    names = ["out", *(["lse"] if case.lse else []), *(["mass"] if case.mass else [])]
+    widest = case.index_block & -case.index_block or 128
+    small = {"block_m": min(case.tile[0], widest), "block_n": min(case.tile[1], widest), "warps": 4, "stages": 2}
     # A GPU also runs the tile of the launch tables, which is too large for the interpreter's patience.
-    tiles = [Tile(*case.tile, warps=4, stages=2), *([None] if device.type == "cuda" else [])]
-    for tile in tiles:
-        got = prefill_attention(case.spec(), tile)(*moved).cpu()
-        error = float((got.float() - expected.float()).abs().max())
-        if not error <= bound:
-            return f"largest error {error:.3g}, allowed {bound:.3g}, with {tile}"
+    for tile in [small, *([{}] if device.type == "cuda" else [])]:
+        got = _results(prefill_attention(case.spec(), **tile)(*moved))
+        for name, x, y in zip(names, got, expected, strict=True):
+            if found := difference(name, x.cpu(), y, TOLERANCE[case.dtype]):
+                return f"{found}, with {tile or 'the tile of the tables'}"
     return None
+
+
+def _results(got: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return got if isinstance(got, tuple) else (got,)
+
+
+def _index(case: PrefillCase, generator: torch.Generator) -> Tensor | None:
+    """Half of the blocks for each block of queries, in any order and after some -1; the last block of queries none."""
+    if not case.index_block:
+        return None
+    blocks = -(-case.tokens // case.index_block)
+    heads = case.kv_heads * case.group
+    index = torch.full((case.batch, heads, blocks, blocks + 2), -1, dtype=torch.int32)
+    for number, row in enumerate(index.flatten(0, 2)):
+        if number % blocks == blocks - 1:
+            continue
+        named = torch.randperm(blocks, generator=generator)
+        named = named[torch.rand(blocks, generator=generator) < 0.5].to(torch.int32)
+        row[torch.randperm(blocks + 2, generator=generator)[: len(named)]] = named
+    return index
 
 
 def _mask(case: PrefillCase, generator: torch.Generator) -> Tensor | None:
