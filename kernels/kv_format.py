@@ -20,25 +20,46 @@ def allocate(fmt: KVFormat, batch: int, heads: int, capacity: int, device: torch
 
 def capacity(fmt: KVFormat, buf: Tensor) -> int:
     """Number of token slots of ``buf``."""
-    if fmt.kind == "int8":
+    if fmt.is_quantised:
         return (buf.shape[2] - fmt.tail_bytes) // fmt.block_bytes * fmt.block
     return buf.shape[2]
 
 
 def tail(fmt: KVFormat, buf: Tensor) -> Tensor:
-    """The full-precision tail of an int8 buffer as a view ``[B, H, block, D]``."""
+    """The full-precision tail of a quantised buffer as a view ``[B, H, window + block, D]``."""
     view = buf[..., : fmt.tail_bytes].view(DTYPES[fmt.dtype])
-    return view.unflatten(-1, (fmt.block, fmt.head_dim))
+    return view.unflatten(-1, (fmt.tail_tokens, fmt.head_dim))
 
 
 def blocks(fmt: KVFormat, buf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[B, H, N, block, D]`` (uint8), scales and minima ``[B, H, N, groups]`` (float16) as views of ``buf``."""
+    """Packed codes ``[B, H, N, code_bytes]``, scales and minima ``[B, H, N, groups]`` (float16) as views of ``buf``."""
     body = buf[..., fmt.tail_bytes :].unflatten(-1, (-1, fmt.block_bytes))
-    size = fmt.block * fmt.head_dim
-    codes = body[..., :size].unflatten(-1, (fmt.block, fmt.head_dim))
+    size = fmt.code_bytes
     scales = body[..., size : size + 2 * fmt.groups].view(torch.float16)
     minima = body[..., size + 2 * fmt.groups :].view(torch.float16)
-    return codes, scales, minima
+    return body[..., :size], scales, minima
+
+
+def pack(fmt: KVFormat, codes: Tensor) -> Tensor:
+    """Codes ``[..., block, D]`` (uint8) as the bytes ``[..., code_bytes]`` that a block stores."""
+    if fmt.packing == "channel":
+        codes = codes.transpose(-1, -2)
+    each = 8 // fmt.bits
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % (4 * each)))
+    # [quads / each, each, 4, M] -> [quads / each, M, 4, each]
+    parts = codes.unflatten(-2, (-1, each, 4)).movedim(-1, -3).movedim(-2, -1)
+    shifts = torch.arange(each, device=codes.device, dtype=torch.uint8) * fmt.bits
+    return (parts << shifts).sum(-1, dtype=torch.uint8).flatten(-3)
+
+
+def unpack(fmt: KVFormat, packed: Tensor) -> Tensor:
+    """The codes ``[..., block, D]`` (uint8) of which ``pack`` made ``packed``."""
+    channels = fmt.packing == "channel"
+    size, other = (fmt.head_dim, fmt.block) if channels else (fmt.block, fmt.head_dim)
+    shifts = torch.arange(8 // fmt.bits, device=packed.device, dtype=torch.uint8) * fmt.bits
+    parts = (packed.unflatten(-1, (-1, other, 4, 1)) >> shifts) & (2**fmt.bits - 1)
+    codes = parts.movedim(-1, -2).movedim(-3, -1).flatten(-4, -2)[..., :size, :]
+    return codes.transpose(-1, -2) if channels else codes
 
 
 def quantise(fmt: KVFormat, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,23 +68,36 @@ def quantise(fmt: KVFormat, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The error is at most half a scale per value (plus the float16 rounding of the minimum); a constant group is exact up
     to that rounding.
     """
-    x = x.float()
+    x = _grouped(fmt, x.float())
     dim = -2 if fmt.axis == "channel" else -1
     low, high = x.amin(dim), x.amax(dim)
     minimum = low.half()
+    steps = 2**fmt.bits - 1
     # The scale is rounded up so that the largest value still has a code after the float16 rounding.
-    scale = ((high - minimum.float()).clamp(min=0) / 255 * (1 + 2**-10)).half()
+    scale = ((high - minimum.float()).clamp(min=0) / steps * (1 + 2**-10)).half()
     step = scale.float()
     step = torch.where(step > 0, step, torch.ones_like(step)).unsqueeze(dim)
-    codes = ((x - minimum.float().unsqueeze(dim)) / step).round().clamp(0, 255)
-    return codes.to(torch.uint8), scale, minimum
+    codes = ((x - minimum.float().unsqueeze(dim)) / step).round().clamp(0, steps)
+    return _ungrouped(fmt, codes.to(torch.uint8)), scale.flatten(-2), minimum.flatten(-2)
 
 
 def dequantise(fmt: KVFormat, codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
     """``code * scale + minimum`` in ``fmt.dtype``, shape of ``codes``."""
     dim = -2 if fmt.axis == "channel" else -1
-    x = codes.float() * scales.float().unsqueeze(dim) + minima.float().unsqueeze(dim)
-    return x.to(DTYPES[fmt.dtype])
+    shape = (-1, fmt.head_dim) if fmt.axis == "channel" else (-1, fmt.block)
+    scale, minimum = (t.float().unflatten(-1, shape).unsqueeze(dim) for t in (scales, minima))
+    return _ungrouped(fmt, _grouped(fmt, codes.float()) * scale + minimum).to(DTYPES[fmt.dtype])
+
+
+def _grouped(fmt: KVFormat, x: Tensor) -> Tensor:
+    """Blocks ``[..., block, D]`` in groups: of tokens ``[..., n, group, D]`` or of channels ``[..., n, block, group]``."""
+    if fmt.axis == "channel":
+        return x.unflatten(-2, (-1, fmt.group_size))
+    return x.unflatten(-1, (-1, fmt.group_size)).transpose(-2, -3)
+
+
+def _ungrouped(fmt: KVFormat, x: Tensor) -> Tensor:
+    return x.flatten(-3, -2) if fmt.axis == "channel" else x.transpose(-2, -3).flatten(-2)
 
 
 def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
@@ -74,16 +108,13 @@ def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
     if fmt.kind == "dense":
         buf[:, :, filled : filled + n].copy_(new)
         return
-    rest = filled % fmt.block
-    pending = torch.cat([tail(fmt, buf)[:, :, :rest], new.to(DTYPES[fmt.dtype])], 2)
-    whole = pending.shape[2] // fmt.block
-    if whole:
-        first = filled // fmt.block
-        codes, scales, minima = blocks(fmt, buf)
-        got = quantise(fmt, pending[:, :, : whole * fmt.block].unflatten(2, (whole, fmt.block)))
-        for target, value in zip((codes, scales, minima), got, strict=True):
-            target[:, :, first : first + whole].copy_(value)
-    left = pending[:, :, whole * fmt.block :]
+    done, after = fmt.quantised(filled), fmt.quantised(filled + n)
+    pending = torch.cat([tail(fmt, buf)[:, :, : filled - done], new.to(DTYPES[fmt.dtype])], 2)
+    if after > done:
+        codes, scales, minima = quantise(fmt, pending[:, :, : after - done].unflatten(2, (-1, fmt.block)))
+        for target, value in zip(blocks(fmt, buf), (pack(fmt, codes), scales, minima), strict=True):
+            target[:, :, done // fmt.block : after // fmt.block].copy_(value)
+    left = pending[:, :, after - done :]
     tail(fmt, buf)[:, :, : left.shape[2]].copy_(left)
 
 
@@ -93,12 +124,12 @@ def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tenso
         return buf[:, :, start:end]
     if fmt.kind == "empty":
         raise ValueError("an empty KV format holds no tokens to read")
-    done = filled - filled % fmt.block
+    done = fmt.quantised(filled)
     parts = []
-    if start < done:
+    if start < min(end, done):
         lo, hi = start // fmt.block, -(-min(end, done) // fmt.block)
         codes, scales, minima = (t[:, :, lo:hi] for t in blocks(fmt, buf))
-        flat = dequantise(fmt, codes, scales, minima).flatten(2, 3)
+        flat = dequantise(fmt, unpack(fmt, codes), scales, minima).flatten(2, 3)
         parts.append(flat[:, :, start - lo * fmt.block : min(end, done) - lo * fmt.block])
     if end > done:
         parts.append(tail(fmt, buf)[:, :, max(start, done) - done : end - done])
@@ -106,7 +137,7 @@ def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tenso
 
 
 def truncate(fmt: KVFormat, buf: Tensor, filled: int, length: int) -> None:
-    """Make ``length`` the number of filled slots: an opened block goes back into the tail."""
-    if fmt.kind == "int8" and length // fmt.block < filled // fmt.block and length % fmt.block:
-        first = length - length % fmt.block
+    """Make ``length`` the number of filled slots: tokens of opened blocks go back into the tail."""
+    if fmt.is_quantised and fmt.quantised(length) < fmt.quantised(filled):
+        first = fmt.quantised(length)
         tail(fmt, buf)[:, :, : length - first].copy_(read(fmt, buf, first, length, filled))

@@ -24,38 +24,93 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise ValueError(f"kernels know the dtypes {', '.join(DTYPES)}; found {dtype}")
 
 
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
 @dataclass(frozen=True)
 class KVFormat:
     """How the keys, or the values, of one layer lie in memory.
 
     kind "dense": one tensor ``[B, H, C, D]`` in ``dtype``, C slots of capacity.
-    kind "int8": one uint8 tensor ``[B, H, row_bytes]``; a row is a tail of ``block`` tokens in ``dtype`` followed by
-    blocks of ``block * D`` codes, then n scales and n minima in float16, with n = D for axis "channel" (keys) and
-    n = ``block`` for axis "token" (values). Slots before ``filled - filled % block`` live in blocks, the rest in the
-    tail: a token is read in full precision until its block is complete. ``x = code * scale + minimum``.
+    kind "int8", "int4", "int2": one uint8 tensor ``[B, H, row_bytes]``; a row is a tail of ``window + block`` tokens in
+    ``dtype``, then blocks of ``block`` tokens: codes, float16 scales, float16 minima, ``x = code * scale + minimum``.
+    The newest ``window`` tokens at least, and whatever does not fill a block yet, are read from the tail in full
+    precision; ``quantised(filled)`` slots lie in blocks.
     kind "empty": no storage at all, for layers that are never read again.
+
+    axis: "channel", a scale for each channel of ``group`` tokens (KIVI keys), or "token", one for each token of
+    ``group`` channels; group 0 is the whole block, or the whole token. Scales lie ``[block / group, D]`` for "channel",
+    ``[D / group, block]`` for "token".
+    packing: the dimension in which four codes lie side by side, that which attention sums over: "channel" for keys,
+    "token" for values. Codes are uint8 ``[Q / n, M, 4]`` with Q quads of that dimension (padded to whole bytes), M the
+    size of the other one, and ``n = 8 / bits`` quads in the bits of each byte, the first one lowest. A dot product with
+    integers takes four neighbours at once, and a vector of sums is one of neighbouring tokens, or channels.
     """
 
-    kind: Literal["dense", "int8", "empty"]
+    kind: Literal["dense", "int8", "int4", "int2", "empty"]
     dtype: str
     head_dim: int
     axis: Literal["token", "channel"] = "token"
     block: int = 64
+    group: int = 0
+    window: int = 0
+    packing: Literal["channel", "token"] = "channel"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether tokens lie in blocks of codes."""
+        return self.kind in BITS
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return BITS[self.kind]
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens that fit the full-precision tail."""
+        return self.window + self.block
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of the full-precision tail at the start of an int8 row."""
-        return self.block * self.head_dim * DTYPES[self.dtype].itemsize
+        """Bytes of the full-precision tail at the start of a row."""
+        return self.tail_tokens * self.head_dim * DTYPES[self.dtype].itemsize
+
+    @property
+    def group_size(self) -> int:
+        """Tokens (axis "channel") or channels (axis "token") that share a scale."""
+        return self.group or (self.block if self.axis == "channel" else self.head_dim)
 
     @property
     def groups(self) -> int:
-        """Number of (scale, minimum) pairs in one int8 block."""
-        return self.head_dim if self.axis == "channel" else self.block
+        """Number of (scale, minimum) pairs in one block."""
+        if self.axis == "channel":
+            return self.block // self.group_size * self.head_dim
+        return self.head_dim // self.group_size * self.block
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one block."""
+        packed, other = (self.head_dim, self.block) if self.packing == "channel" else (self.block, self.head_dim)
+        return -(-packed // (4 * (8 // self.bits))) * other * 4
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one int8 block: codes, scales, minima."""
-        return self.block * self.head_dim + 4 * self.groups
+        """Bytes of one block: codes, scales, minima."""
+        return self.code_bytes + 4 * self.groups
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of one token of one head in a long cache."""
+        if self.kind == "empty":
+            return 0.0
+        if self.kind == "dense":
+            return float(self.head_dim * DTYPES[self.dtype].itemsize)
+        return self.block_bytes / self.block
+
+    def quantised(self, filled: int) -> int:
+        """How many of ``filled`` slots lie in blocks; the rest is in the tail."""
+        return max(0, filled - self.window) // self.block * self.block
 
 
 @dataclass(frozen=True)
@@ -83,6 +138,11 @@ class AttentionSpec:
     window: int | None = None
     sinks: int = 0
     positions: bool = False
+    head_windows: bool = False
+    index: Literal["contiguous", "blocks", "tokens"] = "contiguous"
+    index_block: int = 64
+    lse: bool = False
+    mass: bool = False
 
     def key(self) -> str:
         """Canonical JSON of the spec: the string that custom ops carry and caches are keyed by."""

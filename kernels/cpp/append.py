@@ -1,4 +1,4 @@
-"""Generated C++ for appending many tokens to an int8 KV buffer, as after the prefill."""
+"""Generated C++ for appending many tokens to a quantised KV buffer, as after the prefill."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import kv_format
 from ..spec import DTYPES, KVFormat
-from .attention import C_TYPES, MAX_HEAD_DIM
 from .compile import compile_source, missing_toolchain, render
+from .formats import symbols, unsupported
 
 Append = Callable[[Tensor, int, Tensor], None]
 
@@ -21,26 +21,19 @@ FIELDS = ("buffer, buffer_b, buffer_h", "x, x_b, x_h, x_t, x_d", "B, H, filled, 
 
 def supports(fmt: KVFormat) -> str | None:
     """Why no C++ append can be generated for ``fmt``, in one line for the user; None when one can."""
-    if fmt.kind != "int8":
+    if not fmt.is_quantised:
         return f"appending to the format '{fmt.kind}' is a copy, which torch does at memory bandwidth"
-    if not 1 <= fmt.head_dim <= MAX_HEAD_DIM:
-        return f"the C++ kernel handles head dims up to {MAX_HEAD_DIM}; found {fmt.head_dim}"
-    if fmt.block % 16 or not 16 <= fmt.block <= 256:
-        return f"int8 blocks must hold a multiple of 16 tokens, at most 256; found {fmt.block}"
-    return missing_toolchain()
+    return unsupported(fmt) or missing_toolchain()
 
 
 def source(fmt: KVFormat) -> str:
     """The C++ source of the append of ``fmt``; equal formats give equal text."""
     return render(
         "bulk_append.cpp.jinja",
-        title="torchaccel append to an int8 KV buffer",
+        title="torchaccel append to a quantised KV buffer",
         spec=json.dumps(asdict(fmt), sort_keys=True),
         fields=FIELDS,
-        dtype=C_TYPES[fmt.dtype],
-        dim=fmt.head_dim,
-        block=fmt.block,
-        per_channel="true" if fmt.axis == "channel" else "false",
+        format=symbols(fmt),
     )
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..spec import DTYPES, AttentionSpec, KVFormat
-from .compile import compile_source, missing_toolchain, render
+from ..spec import DTYPES, AttentionSpec
+from .compile import Entry, compile_source, missing_toolchain, render
+from .formats import C_TYPES, symbols, unsupported
 
-Decode = Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    Tensor,
-]
+Decode = Callable[..., Any]
 
-C_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
 MASK_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 DENSE_TILE = 64
 # Waking a second thread costs a few microseconds, about the time one core needs for these many tiles of 64 keys.
 MIN_TILES = 8
+# New tokens times heads of a group, from which on tiles are packed and multiplied with all rows at once.
+MANY_ROWS = 12
 
 FIELDS = (
     "q, q_b, q_h, q_q, q_d",
@@ -33,7 +33,10 @@ FIELDS = (
     "mask, mask_b, mask_h, mask_q, mask_c, mask_b_size, mask_h_size, columns, mask_kind",
     "positions, positions_b",
     "out, lens, B, HKV, Q, capacity",
+    "index, index_b, index_h, index_n",
+    "head_windows, lse, mass",
 )
+SPLITS = ("stream", "kv", "single")
 
 
 def supports(spec: AttentionSpec) -> str | None:
@@ -44,49 +47,56 @@ def supports(spec: AttentionSpec) -> str | None:
         return f"the C++ kernel knows the dtypes {', '.join(C_TYPES)}; found {spec.dtype}"
     if not 1 <= spec.group <= MAX_GROUP:
         return f"the C++ kernel handles 1 to {MAX_GROUP} query heads per KV head; found {spec.group}"
-    for name, fmt in (("key", spec.key_format), ("value", spec.value_format)):
-        reason = _unsupported_format(name, fmt)
+    for name, fmt, packing in (("key", spec.key_format, "channel"), ("value", spec.value_format, "token")):
+        reason = unsupported(fmt, name)
         if reason:
             return reason
-    key, value = spec.key_format, spec.value_format
-    if key.kind == value.kind == "int8" and key.block != value.block:
-        return f"keys and values need equal int8 blocks; found {key.block} and {value.block}"
+        if fmt.is_quantised and fmt.packing != packing:
+            return f"codes of {name}s must lie side by side by {packing}; found {fmt.packing}"
+        if fmt.is_quantised and fmt.axis == "token" and fmt.group_size % (32 // fmt.bits) and fmt.groups > fmt.block:
+            return f"groups of {name} channels must fill whole bytes, {32 // fmt.bits} channels; found {fmt.group_size}"
+    if spec.index == "blocks" and spec.index_block % 16:
+        return f"listed blocks must hold a multiple of 16 slots; found {spec.index_block}"
     return missing_toolchain()
 
 
-def _unsupported_format(name: str, fmt: KVFormat) -> str | None:
-    if fmt.kind == "empty":
-        return f"the {name}s are not stored (format 'empty'), so nothing can be attended to"
-    if not 1 <= fmt.head_dim <= MAX_HEAD_DIM:
-        return f"the C++ kernel handles head dims up to {MAX_HEAD_DIM}; found {fmt.head_dim} ({name}s)"
-    if fmt.kind == "int8":
-        axis = "channel" if name == "key" else "token"
-        if fmt.axis != axis:
-            return f"int8 {name}s need one scale per {axis}; found one per {fmt.axis}"
-        if fmt.block % 16 or not 16 <= fmt.block <= 256:
-            return f"int8 blocks must hold a multiple of 16 tokens, at most 256; found {fmt.block} ({name}s)"
-    return None
+def tile_of(spec: AttentionSpec) -> int:
+    """Keys handled at a time: at most 64, of one block of codes, of one group of scales, of one listed block."""
+    sizes = [DENSE_TILE]
+    for fmt in (spec.key_format, spec.value_format):
+        if fmt.is_quantised and spec.index != "tokens":
+            sizes += [fmt.block] + ([fmt.group_size] if fmt.axis == "channel" else [])
+    if spec.index == "blocks":
+        sizes.append(spec.index_block)
+    return gcd(*sizes)
 
 
-def source(spec: AttentionSpec) -> str:
-    """The C++ source of the decode kernel of ``spec``; equal specs give equal text."""
-    key, value = spec.key_format, spec.value_format
-    tile = next((fmt.block for fmt in (key, value) if fmt.kind == "int8"), DENSE_TILE)
+def configs(spec: AttentionSpec) -> Iterator[tuple[tuple[str, str], ...]]:
+    """The free choices of a decode kernel: how its tiles are shared among threads, the seed first."""
+    for split in SPLITS:
+        yield (("split", split),)
+
+
+def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> str:
+    """The C++ source of the decode kernel of ``spec``, for few or many rows; equal arguments give equal text."""
+    tile = tile_of(spec)
     return render(
         "attention.cpp.jinja",
         title="torchaccel decode attention",
         spec=spec.key(),
         fields=FIELDS,
         q_type=C_TYPES[spec.dtype],
-        k_type=C_TYPES[key.dtype],
-        v_type=C_TYPES[value.dtype],
-        dk=key.head_dim,
-        dv=value.head_dim,
+        key=symbols(spec.key_format),
+        value=symbols(spec.value_format),
         group=spec.group,
-        k_int8=_bool(key.kind == "int8"),
-        v_int8=_bool(value.kind == "int8"),
         tile=tile,
+        per_entry=spec.index_block // tile,
         min_tiles=MIN_TILES,
+        rows="many_rows.cpp.jinja" if many else "few_rows.cpp.jinja",
+        max_rows=96 if many else 32,
+        split=split,
+        lse=spec.lse,
+        mass=spec.mass,
         **modifiers(spec),
     )
 
@@ -100,7 +110,10 @@ def modifiers(spec: AttentionSpec) -> dict[str, object]:
         "windowed": _bool(spec.window is not None),
         "window": spec.window or 0,
         "sinks": spec.sinks,
+        "head_windows": _bool(spec.head_windows),
         "positions": _bool(spec.positions),
+        "block_list": _bool(spec.index == "blocks"),
+        "token_list": _bool(spec.index == "tokens"),
         "bool_mask": _bool(spec.mask == "bool"),
         "additive_mask": _bool(spec.mask == "additive"),
     }
@@ -111,23 +124,33 @@ def _bool(value: bool) -> str:
 
 
 @lru_cache(maxsize=1024)
-def decode_attention(spec: AttentionSpec) -> Decode:
+def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     """The compiled kernel of ``spec``: ``reference.decode_attention`` without its first argument.
 
-    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions) -> out``, shapes as in the reference. q, k_new, v_new
-    and the mask may have any strides; the buffers need a contiguous last dimension. With k_new and v_new None nothing
-    is appended and slots ``lens[0] .. lens[1]`` are attended. The result is contiguous. Raises ``ValueError`` for a
-    spec that ``supports`` refuses; the returned function raises ``RuntimeError`` when the buffer is full.
+    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)``, shapes and results as in the
+    reference. q, k_new, v_new and the mask may have any strides; the buffers need a contiguous last dimension. With
+    k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are contiguous.
+    split: how threads share the tiles, "stream" (stream-K: equal shares of all tiles), "kv" (each KV head's tiles cut
+    in as many parts as there are threads) or "single" (a KV head to a thread). Raises ``ValueError`` for a spec that
+    ``supports`` refuses; the returned function raises ``RuntimeError`` when the buffer is full.
     """
     reason = supports(spec)
     if reason:
         raise ValueError(reason)
-    kernel = compile_source(source(spec))
+    if split not in SPLITS:
+        raise ValueError(f"split is one of {', '.join(SPLITS)}; found {split!r}")
+
+    @lru_cache(maxsize=2)
+    def kernel_of(many: bool) -> Entry:
+        return compile_source(source(spec, split, many))
+
+    few = kernel_of(False)
     key, value = spec.key_format, spec.value_format
     k_dtype, v_dtype, dtype = DTYPES[key.dtype], DTYPES[value.dtype], DTYPES[spec.dtype]
-    k_int8, v_int8 = key.kind == "int8", value.kind == "int8"
+    k_coded, v_coded = key.is_quantised, value.is_quantised
+    indexed, sides = spec.index != "contiguous", spec.lse or spec.mass
     group, head_dim = spec.group, value.head_dim
-    masked = spec.mask != "none"
+    masked, windows = spec.mask != "none", spec.head_windows
     empty = torch.empty
 
     def call(
@@ -139,7 +162,9 @@ def decode_attention(spec: AttentionSpec) -> Decode:
         lens: Tensor,
         mask: Tensor | None,
         positions: Tensor | None,
-    ) -> Tensor:
+        index: Tensor | None = None,
+        head_windows: Tensor | None = None,
+    ) -> Any:
         batch, heads, n, _ = q.shape
         out = empty((batch, heads, n, head_dim), dtype=dtype)
         if q.dtype != dtype:
@@ -153,14 +178,14 @@ def decode_attention(spec: AttentionSpec) -> Decode:
                 v_new = v_new.to(v_dtype)
             k_args = (k_new.data_ptr(), *k_new.stride())
             v_args = (v_new.data_ptr(), *v_new.stride())
-        if k_int8:
+        if k_coded:
             k_b, k_h, unit = k_buf.stride()
             k_t = 0
             capacity = (k_buf.shape[2] - key.tail_bytes) // key.block_bytes * key.block
         else:
             k_b, k_h, k_t, unit = k_buf.stride()
             capacity = k_buf.shape[2]
-        if v_int8:
+        if v_coded:
             v_b, v_h, last = v_buf.stride()
             v_t = 0
         else:
@@ -174,12 +199,37 @@ def decode_attention(spec: AttentionSpec) -> Decode:
             if mask.dtype not in MASK_KINDS:
                 mask = mask.float()
             mask_args = (mask.data_ptr(), *mask.stride(), *mask.shape[:2], mask.shape[3], MASK_KINDS[mask.dtype])
+        extra: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
+        results = []
+        if indexed or windows or sides:
+            if indexed:
+                index = int32("index", index, (batch, heads // group))
+                extra = (index.data_ptr(), *index.stride()[:2], index.shape[2], *extra[4:])
+            if windows:
+                head_windows = int32("head_windows", head_windows, (heads // group,))
+                extra = (*extra[:4], head_windows.data_ptr(), *extra[5:])
+            if spec.lse:
+                results.append(empty((batch, heads, n), dtype=torch.float32))
+                extra = (*extra[:5], results[-1].data_ptr(), *extra[6:])
+            if spec.mass:
+                results.append(empty((batch, heads // group, capacity), dtype=torch.float32))
+                extra = (*extra[:6], results[-1].data_ptr())
+        kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
             k_buf.data_ptr(), k_b, k_h, k_t, v_buf.data_ptr(), v_b, v_h, v_t, *mask_args,
             0 if positions is None else positions.data_ptr(), 0 if positions is None else positions.stride(0),
-            out.data_ptr(), lens.data_ptr(), batch, heads // group, n, capacity,
+            out.data_ptr(), lens.data_ptr(), batch, heads // group, n, capacity, *extra,
         )  # fmt: skip
-        return out
+        return (out, *results) if sides else out
 
     return call
+
+
+def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """``value`` as contiguous int32, after a check that it is there and begins with the sizes ``shape``."""
+    if value is None:
+        raise ValueError(f"the kernel was generated for '{name}'; found none")
+    if tuple(value.shape[: len(shape)]) != shape:
+        raise ValueError(f"'{name}' must begin with the sizes {list(shape)}; found {list(value.shape)}")
+    return value.to(torch.int32).contiguous()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..spec import DTYPES, LinearSpec
-from .attention import C_TYPES
 from .compile import Entry, compile_source, missing_toolchain, render
+from .formats import C_TYPES
 
 Linear = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], list[Tensor]]
 

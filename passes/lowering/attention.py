@@ -123,7 +123,7 @@ class AttentionLowering:
         positions = plan.keep is not None and not plan.dropped
         return (
             Layout(KVFormat(kind, dtype, dim, "channel" if kind == "int8" else "token"), positions),
-            Layout(KVFormat(kind, dtype, dim, "token"), positions),
+            Layout(KVFormat(kind, dtype, dim, "token", packing="token"), positions),
         )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:

@@ -18,7 +18,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("pruned", [False, True])
 def test_equals_the_reference(kind, window, mask_kind, pruned):
     key = KVFormat(kind, "float32", DIM, "channel" if kind == "int8" else "token")
-    value = KVFormat(kind, "float32", DIM, "token")
+    value = KVFormat(kind, "float32", DIM, "token", packing="token")
     stored, logical = 70, 100 if pruned else 70
     spec = AttentionSpec(
         "decode", DIM, GROUP, "float32", key, value, 0.25, mask=mask_kind, window=window, sinks=2, positions=pruned

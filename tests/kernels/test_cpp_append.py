@@ -10,12 +10,19 @@ from torchaccel.kernels.spec import DTYPES, KVFormat
 
 from tests.kernels.cpp_support.cases import CPU, content
 
-FORMATS = [KVFormat("int8", "bfloat16", 64, "channel"), KVFormat("int8", "float32", 42, "token", block=32)]
+FORMATS = [
+    KVFormat("int8", "bfloat16", 64, "channel"),
+    KVFormat("int8", "float32", 42, "token", block=32, packing="token"),
+    KVFormat("int4", "bfloat16", 64, "channel", group=32, window=100),
+    KVFormat("int4", "bfloat16", 64, "token", group=32, window=64, packing="token"),
+    KVFormat("int2", "float32", 42, "channel", window=16),
+    KVFormat("int2", "float16", 64, "channel", group=16, packing="token"),
+]
 pytestmark = pytest.mark.skipif(append.supports(FORMATS[0]) is not None, reason=str(append.supports(FORMATS[0])))
 
 
 @pytest.mark.parametrize(("filled", "new"), [(0, 1000), (0, 64), (50, 13), (50, 14), (50, 500), (64, 1)])
-@pytest.mark.parametrize("fmt", FORMATS, ids=["channel", "token"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.kind}-{fmt.axis}-{fmt.packing}-{fmt.window}")
 def test_same_bits_as_the_reference(fmt: KVFormat, filled: int, new: int) -> None:
     torch.manual_seed(filled + new)
     theirs = kv_format.allocate(fmt, 2, 3, 1100, CPU)

@@ -215,9 +215,9 @@ def test_what_is_not_supported_has_a_reason() -> None:
         (replace(good, phase="prefill"), "phase 'decode'"),
         (replace(good, group=65), "1 to 64 query heads"),
         (replace(good, key_format=replace(key, head_dim=264)), "head dims up to 256"),
-        (replace(good, key_format=replace(key, axis="token")), "one scale per channel"),
+        (replace(good, key_format=replace(key, packing="token")), "side by side by channel"),
         (replace(good, key_format=replace(key, block=24)), "multiple of 16 tokens"),
-        (replace(good, key_format=replace(key, block=32)), "equal int8 blocks"),
+        (replace(good, key_format=replace(key, group=24)), "multiples of 16 that divide"),
         (replace(good, key_format=replace(key, kind="empty")), "not stored"),
         (replace(good, dtype="float64"), "knows the dtypes"),
     ):

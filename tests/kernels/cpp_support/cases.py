@@ -22,7 +22,10 @@ def spec(
     dtype: str, head_dim: int, group: int, keys: str = "dense", values: str = "dense", **changes: Any
 ) -> AttentionSpec:
     """A decode spec with the usual scale and the int8 axes that the kernels expect."""
-    formats = KVFormat(keys, dtype, head_dim, "channel"), KVFormat(values, dtype, head_dim, "token")  # type: ignore[arg-type]
+    formats = (
+        KVFormat(keys, dtype, head_dim, "channel"),  # type: ignore[arg-type]
+        KVFormat(values, dtype, head_dim, "token", packing="token"),  # type: ignore[arg-type]
+    )
     return AttentionSpec("decode", head_dim, group, dtype, *formats, scale=head_dim**-0.5, **changes)
 
 
@@ -121,8 +124,8 @@ def content(fmt: KVFormat, buf: Tensor, stored: int) -> tuple[Tensor, ...]:
     """The parts of a buffer that hold its first ``stored`` tokens."""
     if fmt.kind == "dense":
         return (buf[:, :, :stored],)
-    whole = stored // fmt.block
+    done = fmt.quantised(stored)
     return (
-        *(t[:, :, :whole] for t in kv_format.blocks(fmt, buf)),
-        kv_format.tail(fmt, buf)[:, :, : stored % fmt.block],
+        *(t[:, :, : done // fmt.block] for t in kv_format.blocks(fmt, buf)),
+        kv_format.tail(fmt, buf)[:, :, : stored - done],
     )

@@ -68,7 +68,7 @@ class Problem:
         columns = torch.arange(k.shape[2], device=q.device)
         queries = columns[-q.shape[2] :]
         wide = columns.expand(q.shape[0], -1)
-        return reference.attend(replace(spec, causal=self.causal), q.float(), k, v, wide, queries, None)
+        return reference.attend(replace(spec, causal=self.causal), q.float(), k, v, wide, queries, None).out
 
     def error(self, result: Tensor, truth: Tensor) -> float:
         """Largest distance of a result ``[B, H, Q, D]`` on the first content from the truth."""

@@ -1,0 +1,96 @@
+"""The ways in which a spec can be realised on a device: what the cost model ranks and the tuner times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any, Literal
+
+from . import composed, reference
+from .spec import AttentionSpec, LinearSpec
+
+Spec = AttentionSpec | LinearSpec
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """An implementation ("cpp", "triton", "composed", "reference") and the free choices within it, by name."""
+
+    implementation: Literal["cpp", "triton", "composed", "reference"]
+    config: tuple[tuple[str, int | str], ...] = ()
+
+    def key(self) -> str:
+        """Canonical text, such as ``cpp`` or ``cpp{"split":"stream"}``."""
+        return self.implementation + (
+            json.dumps(dict(self.config), sort_keys=True, separators=(",", ":")) if self.config else ""
+        )
+
+    @staticmethod
+    def from_key(key: str) -> Candidate:
+        """The candidate whose ``key()`` is ``key``; ``ValueError`` when there is none."""
+        name, brace, rest = key.partition("{")
+        if name not in ("cpp", "triton", "composed", "reference"):
+            raise ValueError(f"unknown implementation {name!r} in candidate {key!r}")
+        config = json.loads(brace + rest) if brace else {}
+        return Candidate(name, tuple(sorted(config.items())))  # type: ignore[arg-type]
+
+
+def kernel_name(spec: Spec) -> str:
+    """The kernel that ``spec`` describes: "decode_attention", "prefill_attention" or "linear"."""
+    return "linear" if isinstance(spec, LinearSpec) else f"{spec.phase}_attention"
+
+
+def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
+    """Every candidate for ``spec`` on the device type "cpu" or "cuda", the seed first and the reference last."""
+    generated = {"cpu": "cpp", "cuda": "triton"}.get(device)
+    found: list[Candidate] = []
+    if generated is not None:
+        module = _module(generated, spec)
+        if module is not None and module.supports(spec) is None:
+            configs = getattr(module, "configs", None)
+            for config in configs(spec) if configs else ((),):
+                found.append(Candidate(generated, tuple(sorted(config))))  # type: ignore[arg-type]
+    if isinstance(spec, AttentionSpec):
+        found.append(Candidate("composed"))
+    found.append(Candidate("reference"))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def build(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
+    """The callable of a candidate, with the arguments of the reference after its spec.
+
+    Raises ``ValueError`` for a spec that the implementation does not support, or a config it does not know; compilers
+    raise what they raise.
+    """
+    kernel = kernel_name(spec)
+    if candidate.implementation in ("composed", "reference"):
+        if candidate.config:
+            raise ValueError(f"'{candidate.implementation}' has no free choices; found {candidate.key()}")
+        if isinstance(spec, LinearSpec):
+            return reference.linear
+        module = composed if candidate.implementation == "composed" else reference
+        return partial(getattr(module, kernel), spec)
+    module = _module(candidate.implementation, spec)
+    if module is None:
+        raise ValueError(f"{candidate.implementation} has no kernel {kernel}")
+    make = getattr(module, kernel)
+    return make(spec, **dict(candidate.config))  # type: ignore[no-any-return]
+
+
+_MODULES = {
+    ("cpp", "decode_attention"): ".cpp.attention",
+    ("cpp", "prefill_attention"): ".cpp.window_prefill",
+    ("cpp", "linear"): ".cpp.linear",
+    ("triton", "decode_attention"): ".triton.decode_attention",
+    ("triton", "prefill_attention"): ".triton.window_prefill",
+}
+
+
+def _module(implementation: str, spec: Spec) -> Any:
+    # Imported on first use: a machine without a GPU never loads Triton, one without g++ never looks for it.
+    name = _MODULES.get((implementation, kernel_name(spec)))
+    return None if name is None else import_module(name, __package__)
