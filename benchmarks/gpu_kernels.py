@@ -1,9 +1,11 @@
 """Check every Triton kernel against the reference on a CUDA GPU, then time it: one JSON line per case.
 
-    python benchmarks/gpu_kernels.py [--batch 1] [--lengths 4096 32768] [--only dense]
+    python benchmarks/gpu_kernels.py [--batch 1] [--lengths 4096 32768] [--only int4] [--configs]
 
-The first line describes the machine, with its measured copy bandwidth. Times are medians of GPU time with the L2 cache
-flushed before every run; ``bandwidth_fraction`` compares the bytes a decode kernel must read with that copy bandwidth.
+The first line describes the machine, with its measured copy bandwidth and bfloat16 GEMM rate. Times are medians of GPU
+time with the L2 cache flushed before every run. ``roofline_ms`` is the bytes that a decode kernel must read over that
+bandwidth, or the multiplications of a prefill over that rate, and ``roofline_fraction`` its share of the time taken.
+``--configs`` checks and times every launch choice that the kernels offer, one line each.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchaccel.kernels import kv_format, reference
 from torchaccel.kernels.spec import AttentionSpec, KVFormat
-from torchaccel.kernels.triton import decode_attention, window_prefill
+from torchaccel.kernels.triton import decode_attention, merge, window_prefill
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+DENSE = KVFormat("dense", "bfloat16", HEAD_DIM)
 # Rounding of the probabilities and of the result to bfloat16, per unit of the largest expected value.
 TOLERANCE = 1.6e-2
 
@@ -37,6 +40,7 @@ def main() -> int:
         "--lengths", type=int, nargs="+", default=[4096, 32768], help="cached tokens, and prompt lengths"
     )
     parser.add_argument("--runs", type=int, default=30, help="timed runs of each kernel")
+    parser.add_argument("--configs", action="store_true", help="every launch choice, not only that of the tables")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -47,7 +51,7 @@ def main() -> int:
     seed = torch.seed()
     print(json.dumps(bench.machine() | {"seed": seed}), flush=True)
     agreed = True
-    for line in cases(bench, options.batch, options.lengths, options.only):
+    for line in cases(bench, options.batch, options.lengths, options.only, options.configs):
         print(json.dumps(line), flush=True)
         agreed = agreed and line["agrees"]
     return 0 if agreed else 1
@@ -61,6 +65,7 @@ class Bench:
         properties = torch.cuda.get_device_properties(0)
         self.flush = torch.empty(max(256 << 20, 4 * properties.L2_cache_size), dtype=torch.uint8, device="cuda")
         self.copy_bandwidth = self._measure_copy()
+        self.gemm_rate = self._measure_gemm()
 
     def ms(self, run: Callable[[], Any]) -> float:
         """Median GPU time of ``run`` in milliseconds, after three calls that warm up and compile."""
@@ -96,6 +101,7 @@ class Bench:
             "torch": torch.__version__,
             "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
             "copy_gbs": round(self.copy_bandwidth / 1e9, 1),
+            "gemm_tflops": round(self.gemm_rate / 1e12, 1),
         }
 
     def _measure_copy(self) -> float:
@@ -104,148 +110,222 @@ class Bench:
         source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
         return 2 * size / (self.ms(lambda: target.copy_(source)) / 1e3)
 
+    def _measure_gemm(self, size: int = 8192) -> float:
+        """Floating-point operations per second of a large bfloat16 product."""
+        a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        return 2 * size**3 / (self.ms(lambda: a @ b) / 1e3)
+
+    def roofline(self, ms: float, read: float = 0, flops: float = 0) -> dict[str, float]:
+        """Time that the machine needs at least, and its share of the time taken."""
+        bound = max(read / self.copy_bandwidth, flops / self.gemm_rate) * 1e3
+        return {"ms": ms, "roofline_ms": bound, "roofline_fraction": bound / ms}
+
 
 @dataclass(frozen=True)
 class Decode:
-    """A decode case: how the cache is stored and which keys are seen."""
+    """A decode case: how the cache is stored, which keys are read, and what is asked for.
+
+    ``share`` is the part of the blocks, or slots, that an index names. The cached tokens end ``beyond`` tokens after a
+    block: at -1 the call quantises one, as one step in 64 does.
+    """
 
     name: str
-    int8: bool = False
-    window: int | None = None
-    sinks: int = 0
+    keys: KVFormat = DENSE
+    values: KVFormat = DENSE
     new: int = 1
     static: bool = False
+    share: float = 1.0
+    beyond: int = 32
+    fields: tuple[tuple[str, Any], ...] = ()
+    split: str = "kv"
 
     def spec(self) -> AttentionSpec:
         """The spec of the case."""
-        dense = KVFormat("dense", "bfloat16", HEAD_DIM)
         return AttentionSpec(
             phase="decode",
             head_dim=HEAD_DIM,
             group=HEADS // KV_HEADS,
             dtype="bfloat16",
-            key_format=replace(dense, kind="int8", axis="channel") if self.int8 else dense,
-            value_format=replace(dense, kind="int8", axis="token") if self.int8 else dense,
+            key_format=self.keys,
+            value_format=self.values,
             scale=HEAD_DIM**-0.5,
             causal=not self.static,
             mask="bool" if self.static else "none",
-            window=self.window,
-            sinks=self.sinks,
+            **dict(self.fields),
         )
 
 
+def kivi(kind: Any, group: int = 0, window: int = 0) -> dict[str, KVFormat]:
+    """Keys with scales per channel, values with scales per token."""
+    stored = replace(DENSE, kind=kind, group=group, window=window)
+    return {"keys": replace(stored, axis="channel"), "values": replace(stored, packing="token")}
+
+
+OTHER_AXES = {
+    "keys": replace(DENSE, kind="int4", axis="token"),
+    "values": replace(DENSE, kind="int4", axis="channel", packing="token"),
+}
+WINDOW = (("window", 1024), ("sinks", 4))
+BLOCKS = (("index", "blocks"), ("index_block", 64))
 DECODES = [
     Decode("decode_dense"),
+    Decode("decode_dense_single", split="single"),
+    Decode("decode_dense_stream", split="stream"),
     Decode("decode_dense_4_new_tokens", new=4),
-    Decode("decode_int8", int8=True),
-    Decode("decode_window_1024_sinks_4", window=1024, sinks=4),
+    Decode("decode_int8", **kivi("int8")),
+    Decode("decode_int8_stream", split="stream", **kivi("int8")),
+    Decode("decode_int8_completes_a_block", beyond=-1, **kivi("int8")),
+    Decode("decode_int4", **kivi("int4")),
+    Decode("decode_int4_groups_of_32_window_64", **kivi("int4", 32, 64)),
+    Decode("decode_int4_window_64_completes_a_block", beyond=-1, **kivi("int4", 32, 64)),
+    Decode("decode_int4_other_axes", **OTHER_AXES),
+    Decode("decode_int2", **kivi("int2")),
+    Decode("decode_window_1024_sinks_4", fields=WINDOW),
+    Decode("decode_windows_of_half_the_heads", fields=(*WINDOW, ("head_windows", True))),
     Decode("decode_static_half_filled", static=True),
+    Decode("decode_blocks_16th", share=1 / 16, fields=BLOCKS),
+    Decode("decode_blocks_16th_stream", share=1 / 16, fields=BLOCKS, split="stream"),
+    Decode("decode_blocks_16th_int4", share=1 / 16, fields=BLOCKS, **kivi("int4")),
+    Decode("decode_tokens_16th", share=1 / 16, fields=(("index", "tokens"),)),
+    Decode("decode_tokens_16th_int4", share=1 / 16, fields=(("index", "tokens"),), **kivi("int4")),
+    Decode("decode_lse_mass", fields=(("lse", True), ("mass", True))),
+    Decode("decode_lse_mass_int4", fields=(("lse", True), ("mass", True)), **kivi("int4")),
+]
+# Name, fields of the spec, and the share of the blocks of 64 below the diagonal that a list names.
+PREFILLS: list[tuple[str, dict[str, Any], float]] = [
+    ("prefill_causal", {}, 1.0),
+    ("prefill_window_1024_sinks_4", dict(WINDOW), 1.0),
+    ("prefill_blocks_15_percent", {"index": "blocks", "index_block": 64}, 0.15),
+    ("prefill_blocks_of_128_15_percent", {"index": "blocks", "index_block": 128}, 0.15),
+    ("prefill_lse_mass", {"lse": True, "mass": True}, 1.0),
 ]
 
 
-def cases(bench: Bench, batch: int, lengths: list[int], only: str) -> Iterator[dict[str, Any]]:
-    """Results of every case whose name contains ``only``."""
+def cases(bench: Bench, batch: int, lengths: list[int], only: str, every: bool) -> Iterator[dict[str, Any]]:
+    """Results of every case whose name contains ``only``, with the tables' launch choices or ``every`` one."""
     for length in lengths:
         for case in DECODES:
             if only in case.name:
-                yield decode(bench, case, batch, length)
-        for window, sinks in ((None, 0), (1024, 4)):
-            name = "prefill_causal" if window is None else f"prefill_window_{window}_sinks_{sinks}"
+                yield from decode(bench, case, batch, length, every)
+        for name, fields, share in PREFILLS:
             if only in name:
-                yield prefill(bench, name, length, window, sinks)
+                yield from prefill(bench, name, fields, share, length, every)
+    if only in "merge_8":
+        yield merge_of_8(bench, batch)
 
 
-def decode(bench: Bench, case: Decode, batch: int, length: int) -> dict[str, Any]:
+def decode(bench: Bench, case: Decode, batch: int, length: int, every: bool) -> Iterator[dict[str, Any]]:
     """Check and time one decode case over ``length`` cached tokens, next to torch's attention over the same tokens."""
     spec, new = case.spec(), case.new
-    # Off the block boundary: the step that completes an int8 block is one in 64.
-    length -= 32
+    length = length // 64 * 64 - 64 + case.beyond % 64
     q = random(batch, HEADS, new)
     k, v = random(batch, KV_HEADS, length), random(batch, KV_HEADS, length)
-    k_new, v_new = random(batch, KV_HEADS, new), random(batch, KV_HEADS, new)
+    k_new, v_new = (None, None) if case.static else (random(batch, KV_HEADS, new), random(batch, KV_HEADS, new))
     buffers = []
     for fmt, rows in ((spec.key_format, k), (spec.value_format, v)):
         buffers.append(kv_format.allocate(fmt, batch, KV_HEADS, length + 64, q.device))
         kv_format.append(fmt, buffers[-1], 0, rows)
-    run = decode_attention.decode_attention(spec)
     lens = torch.tensor([0, length, length])
     mask = None
     if case.static:
         mask = torch.arange(length, device="cuda")[None, None, None, :] < length // 2
+    index, visible = None, length // 2 if case.static else length
+    if spec.index != "contiguous":
+        entries = -(-length // 64) if spec.index == "blocks" else length
+        index = sample((batch, KV_HEADS), entries, max(1, int(entries * case.share)))
+        visible = index.shape[2] * (64 if spec.index == "blocks" else 1)
+    seen = visible if spec.window is None else min(length, spec.window + spec.sinks)
+    windows = torch.arange(KV_HEADS, device="cuda", dtype=torch.int32) % 2 if spec.head_windows else None
+    tokens = (seen + length) / 2 if spec.head_windows else seen
+    read = batch * KV_HEADS * tokens * (spec.key_format.token_bytes + spec.value_format.token_bytes)
+    if spec.mass:
+        read += batch * KV_HEADS * tokens * (spec.key_format.token_bytes + 4)
 
-    def ours() -> Tensor:
-        appended = (None, None) if case.static else (k_new, v_new)
-        return run(q, *appended, *buffers, lens, mask)
-
-    if case.static:
-        columns = torch.arange(length).expand(batch, -1)
-        queries = torch.arange(length, length + new)
-        expected = reference.attend(spec, *on_cpu(q, k, v), columns, queries, mask.cpu() if mask is not None else None)
-    else:
-        expected = reference.decode_attention(spec, *on_cpu(q, k_new, v_new, *buffers), lens, None, None)
-    agreement = compare(ours(), expected)
-
-    seen = length if case.window is None else min(length, case.window + case.sinks)
-    visible = length // 2 if case.static else seen
-    sizes = [
-        f.block_bytes / f.block if f.kind == "int8" else 2 * f.head_dim for f in (spec.key_format, spec.value_format)
-    ]
-    bytes_read = batch * KV_HEADS * visible * sum(sizes)
-    ms = bench.ms(ours)
-    # torch gets what it reads for free: the same keys, contiguous, without the append.
-    k_seen, v_seen = k[:, :, -visible:].contiguous(), v[:, :, -visible:].contiguous()
+    inputs = (q, k_new, v_new, *buffers, lens, mask, None, index, windows)
+    expected = reference.decode_attention(spec, *on_cpu(*inputs))
+    # torch gets what it reads for free: the same number of keys, contiguous, without the append.
+    k_seen, v_seen = k[:, :, -seen:].contiguous(), v[:, :, -seen:].contiguous()
     sdpa = bench.ms(lambda: F.scaled_dot_product_attention(q, k_seen, v_seen, enable_gqa=True))
-    eager = bench.ms(
-        lambda: F.scaled_dot_product_attention(q, torch.cat([k, k_new], 2), torch.cat([v, v_new], 2), enable_gqa=True)
-    )
-    return {
-        "kind": case.name,
-        "batch": batch,
-        "length": length,
-        **agreement,
-        "ms": ms,
-        "sdpa_ms": sdpa,
-        "cat_sdpa_ms": eager,
-        "bound_ms": bytes_read / bench.copy_bandwidth * 1e3,
-        "bandwidth_fraction": bytes_read / bench.copy_bandwidth * 1e3 / ms,
-        "launch_us": bench.launch_us(ours),
-    }
+    found = decode_attention.configs(spec) if every else ((("split", case.split),),)
+    for config in found:
+        run = decode_attention.decode_attention(spec, **dict(config))
+        stored = [x.clone() for x in buffers]
+        called = (q, k_new, v_new, *stored, lens, mask, None, index, windows)
+        agreement = compare(run(*called), expected)
+        # Timed where it was checked: appending the same tokens again changes nothing but a completed block's tail.
+        ms = bench.ms(lambda run=run, called=called: run(*called))
+        line = {"kind": case.name, "batch": batch, "length": length, "config": dict(config), **agreement}
+        line |= bench.roofline(ms, read=read)
+        yield line | {"sdpa_ms": sdpa, "launch_us": bench.launch_us(lambda run=run, called=called: run(*called))}
 
 
-def prefill(bench: Bench, name: str, length: int, window: int | None, sinks: int) -> dict[str, Any]:
+def prefill(
+    bench: Bench, name: str, fields: dict[str, Any], share: float, length: int, every: bool
+) -> Iterator[dict[str, Any]]:
     """Check one prefill case on 1024 tokens with a narrower window, then time it on ``length`` tokens."""
-    dense = KVFormat("dense", "bfloat16", HEAD_DIM)
     spec = AttentionSpec(
         phase="prefill",
         head_dim=HEAD_DIM,
         group=HEADS // KV_HEADS,
         dtype="bfloat16",
-        key_format=dense,
-        value_format=dense,
+        key_format=DENSE,
+        value_format=DENSE,
         scale=HEAD_DIM**-0.5,
-        window=window,
-        sinks=sinks,
+        **fields,
     )
-    narrow = spec if window is None else replace(spec, window=200)
-    small = random(1, HEADS, 1024), random(1, KV_HEADS, 1024), random(1, KV_HEADS, 1024)
-    expected = reference.prefill_attention(narrow, *on_cpu(*small), None)
-    agreement = compare(window_prefill.prefill_attention(narrow)(*small), expected)
-
+    narrow = spec if spec.window is None else replace(spec, window=200)
+    small = (random(1, HEADS, 1024), random(1, KV_HEADS, 1024), random(1, KV_HEADS, 1024), None)
+    small += (lower_blocks(spec, 1024, max(share, 0.5)),)
+    expected = reference.prefill_attention(narrow, *on_cpu(*small))
     q, k, v = random(1, HEADS, length), random(1, KV_HEADS, length), random(1, KV_HEADS, length)
-    run = window_prefill.prefill_attention(spec)
+    index = lower_blocks(spec, length, share)
     seen = length * (length + 1) / 2
-    if window is not None and length > window + sinks:
-        seen -= (length - window - sinks) * (length - window - sinks + 1) / 2
-    ms = bench.ms(lambda: run(q, k, v))
-    return {
-        "kind": name,
-        "batch": 1,
-        "length": length,
-        **agreement,
-        "ms": ms,
-        "sdpa_causal_ms": bench.ms(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)),
-        "tflops": 4 * HEADS * HEAD_DIM * seen / ms / 1e9,
-    }
+    if spec.window is not None and length > spec.window + spec.sinks:
+        hidden = length - spec.window - spec.sinks
+        seen -= hidden * (hidden + 1) / 2
+    if index is not None:
+        # Whole blocks, half of which the diagonal cuts in those that lie on it.
+        listed = float((index >= 0).sum()) / HEADS
+        seen = (listed - index.shape[2] / 2) * spec.index_block**2
+    sdpa = bench.ms(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    # The scores are computed once more for the mass.
+    flops = (6 if spec.mass else 4) * HEADS * HEAD_DIM * seen
+    for config in window_prefill.configs(spec) if every else ((),):
+        agreement = compare(window_prefill.prefill_attention(narrow, **dict(config))(*small), expected)
+        run = window_prefill.prefill_attention(spec, **dict(config))
+        ms = bench.ms(lambda run=run: run(q, k, v, None, index))
+        line = {"kind": name, "batch": 1, "length": length, "config": dict(config), **agreement}
+        yield line | bench.roofline(ms, flops=flops) | {"sdpa_causal_ms": sdpa, "tflops": flops / ms / 1e9}
+
+
+def merge_of_8(bench: Bench, batch: int) -> dict[str, Any]:
+    """Check and time the merge of 8 partial results of 64 queries."""
+    parts = [(random(batch, HEADS, 64), torch.randn(batch, HEADS, 64, device="cuda")) for _ in range(8)]
+    expected = reference.merge([(out.cpu(), lse.cpu()) for out, lse in parts])
+    agreement = compare(merge.merge(parts), expected)
+    read = 9 * batch * HEADS * 64 * (2 * HEAD_DIM + 4)
+    ms = bench.ms(lambda: merge.merge(parts))
+    return {"kind": "merge_8", "batch": batch, **agreement} | bench.roofline(ms, read=read)
+
+
+def sample(shape: tuple[int, ...], entries: int, count: int) -> Tensor:
+    """For each of ``shape``, ``count`` different numbers below ``entries``, ascending: int32 on the GPU."""
+    chosen = torch.rand(*shape, entries, device="cuda").topk(count, -1).indices
+    return chosen.sort(-1).values.to(torch.int32)
+
+
+def lower_blocks(spec: AttentionSpec, tokens: int, share: float) -> Tensor | None:
+    """For every block of queries its own block and ``share`` of those before it: int32 ``[1, H, S / block, N]``."""
+    if spec.index != "blocks":
+        return None
+    blocks = -(-tokens // spec.index_block)
+    index = torch.full((1, HEADS, blocks, blocks), -1, dtype=torch.int32)
+    for row in range(blocks):
+        count = int(row * share)
+        for h in range(HEADS):
+            index[0, h, row, :count] = torch.randperm(row)[:count].sort().values
+        index[0, :, row, count] = row
+    return index[..., : int(blocks * share) + 1].cuda()
 
 
 def random(batch: int, heads: int, tokens: int) -> Tensor:
@@ -253,16 +333,16 @@ def random(batch: int, heads: int, tokens: int) -> Tensor:
     return torch.randn(batch, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
 
 
-def on_cpu(*tensors: Tensor) -> list[Tensor]:
+def on_cpu(*tensors: Tensor | None) -> list[Any]:
     """Copies on the CPU, where the reference runs."""
-    return [x.cpu() for x in tensors]
+    return [None if x is None else x.clone().cpu() for x in tensors]
 
 
-def compare(got: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Largest difference from the reference, relative to its largest value, and whether that is rounding."""
-    expected = expected.float()
-    error = float((got.cpu().float() - expected).abs().max() / expected.abs().max())
-    return {"agrees": error <= TOLERANCE, "largest_error": error}
+def compare(got: Any, expected: Any) -> dict[str, Any]:
+    """Largest difference of a result from the reference, relative to its largest value, and whether that is rounding."""
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True)
+    errors = [float((x.cpu().float() - y.float()).abs().max() / y.float().abs().max()) for x, y in pairs]
+    return {"agrees": all(error <= TOLERANCE for error in errors), "largest_error": max(errors)}
 
 
 if __name__ == "__main__":

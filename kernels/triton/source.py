@@ -45,31 +45,32 @@ def _nested(text: str, width: int) -> str:
 
 def render(template: str, spec: AttentionSpec, **values: Any) -> str:
     """Source of ``template`` for ``spec``; the same arguments give the same text on every machine."""
-    text = (
-        _environment()
-        .get_template(template)
-        .render(
-            key=spec.key(),
-            D=spec.head_dim,
-            DP=padded(spec.head_dim),
-            G=spec.group,
-            dtype={"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[spec.dtype],
-            scale=spec.scale,
-            softcap=spec.softcap,
-            log2e=math.log2(math.e),
-            ln2=math.log(2),
-            causal=spec.causal,
-            window=spec.window,
-            sinks=spec.sinks if spec.window is not None else 0,
-            mask=spec.mask,
-            index=spec.index,
-            index_block=spec.index_block,
-            # A log-sum-exp that only the mass kernel reads is stored as well.
-            lse=spec.lse or spec.mass,
-            natural=spec.mask == "additive",
-            **values,
-        )
+    return render_text(
+        template,
+        spec.head_dim,
+        key=spec.key(),
+        G=spec.group,
+        dtype={"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[spec.dtype],
+        scale=spec.scale,
+        softcap=spec.softcap,
+        causal=spec.causal,
+        window=spec.window,
+        sinks=spec.sinks if spec.window is not None else 0,
+        mask=spec.mask,
+        index=spec.index,
+        index_block=spec.index_block,
+        # A log-sum-exp that only the mass kernel reads is stored as well.
+        lse=spec.lse or spec.mass,
+        natural=spec.mask == "additive",
+        **values,
     )
+
+
+def render_text(template: str, head_dim: int, **values: Any) -> str:
+    """Source of ``template`` for a head dimension and what else it names."""
+    log2e, ln2 = math.log2(math.e), math.log(2)
+    sizes = {"D": head_dim, "DP": padded(head_dim)}
+    text = _environment().get_template(template).render(**sizes, log2e=log2e, ln2=ln2, **values)
     text = re.sub(r"\n+@triton", "\n\n\n@triton", text)
     # Where a template has nothing to say, it leaves no more than a blank line.
     return re.sub(r"\n{3,}(?= )", "\n\n", text).rstrip("\n") + "\n"

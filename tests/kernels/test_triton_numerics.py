@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from tests.kernels.triton_support.decode_cases import DECODE_CASES
+from tests.kernels.triton_support.merge_cases import MERGE_CASES
 from tests.kernels.triton_support.prefill_cases import PREFILL_CASES
 from tests.kernels.triton_support.process import errors_of, run_module
 
 pytest.importorskip("triton")
 
-CASES = [case.name for case in [*DECODE_CASES, *PREFILL_CASES]]
+CASES = [case.name for case in [*DECODE_CASES, *PREFILL_CASES, *MERGE_CASES]]
 
 
 def test_case_names_are_unique() -> None:

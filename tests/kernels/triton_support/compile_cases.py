@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torchaccel.kernels.triton import decode_source, window_prefill
+from torchaccel.kernels.triton import decode_source, merge, window_prefill
 from torchaccel.kernels.triton.source import load, padded
 from torchaccel.kernels.triton.tiles import (
     DECODE_TILES,
@@ -25,6 +25,7 @@ from torchaccel.kernels.triton.tiles import (
 )
 
 from .decode_cases import DecodeCase
+from .merge_cases import MergeCase
 from .prefill_cases import PrefillCase
 
 _ELEMENT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -37,7 +38,7 @@ class CompileCase:
     name: str
     kernel: str
     family: str
-    case: DecodeCase | PrefillCase
+    case: DecodeCase | PrefillCase | MergeCase
 
 
 def compile_cases() -> list[CompileCase]:
@@ -105,6 +106,7 @@ def _variant_cases() -> Iterator[CompileCase]:
     for family in SHARED_LIMIT:
         for name, (kernel, case) in _VARIANTS.items():
             yield CompileCase(f"{name}-{family}", kernel, family, case)
+        yield CompileCase(f"merge-16-parts-{family}", "merge", family, MergeCase("", merge.MOST, "bfloat16", 256))
         for name, (kernel, prompt) in _PREFILL_VARIANTS.items():
             yield CompileCase(f"prefill-{name}-{family}", kernel, family, prompt)
 
@@ -169,6 +171,12 @@ def _prefill(kernel: str, case: PrefillCase, family: str) -> tuple[Any, dict[str
     return getattr(module, kernel), types, constants, tile.warps, tile.stages
 
 
+def _merge(case: MergeCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    module = load(merge.generate(case.parts, case.head_dim), "merge")
+    types = {name: "*fp32" if name.startswith("lse") else _ELEMENT[case.dtype] for name in module.merge.arg_names}
+    return module.merge, types | {"rows": "i32"}, {"BM": merge.ROWS}, 4, 3
+
+
 def main() -> None:
     """Compile all cases in turn."""
     from .compile_for import compile_for, usage
@@ -179,6 +187,8 @@ def main() -> None:
         try:
             if isinstance(item.case, DecodeCase):
                 fn, types, constants, warps, stages = _decode(item.kernel, item.case, item.family)
+            elif isinstance(item.case, MergeCase):
+                fn, types, constants, warps, stages = _merge(item.case)
             else:
                 fn, types, constants, warps, stages = _prefill(item.kernel, item.case, item.family)
             used = usage(compile_for(fn, types, constants, item.family, warps, stages))

@@ -9,6 +9,8 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -21,19 +23,22 @@ def main(where: str, only: list[str]) -> None:
         interpreter_bfloat16.install()
         torch.set_num_threads(1)
     from .decode_cases import DECODE_CASES, run_decode_case
+    from .merge_cases import MERGE_CASES, run_merge_case
     from .prefill_cases import PREFILL_CASES, run_prefill_case
 
     # Results are allocated full of NaN, so that what a kernel forgets to write is seen.
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda" if where == "cuda" else "cpu")
-    runs = [(case.name, run_decode_case, case) for case in DECODE_CASES]
-    runs += [(case.name, run_prefill_case, case) for case in PREFILL_CASES]
-    for name, run, case in runs:
+    runs: list[tuple[str, Callable[[], str | None]]] = []
+    runs += [(case.name, partial(run_decode_case, case, device)) for case in DECODE_CASES]
+    runs += [(case.name, partial(run_prefill_case, case, device)) for case in PREFILL_CASES]
+    runs += [(case.name, partial(run_merge_case, case, device)) for case in MERGE_CASES]
+    for name, run in runs:
         if only and name not in only:
             continue
         began = time.perf_counter()
         try:
-            error = run(case, device)
+            error = run()
         except Exception:
             error = traceback.format_exc()
         seconds = round(time.perf_counter() - began, 2)
