@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import results_console, streams, usage_errors
+from .console import results_console, usage_errors
 from .tune import CachePath
 
 if TYPE_CHECKING:
@@ -30,19 +31,18 @@ def show(
 
     found = _open(path)
     records = found.records()
-    with streams("-" if as_json else None) as (stdout, _):
-        if as_json:
-            stdout.write(exchange.to_text(records) + "\n")
-            return
-        out = results_console(stdout)
-        table = Table("kernel", "shape", "device", "candidate", "ms", "failure")
-        for record in sorted(records, key=lambda r: (r.key.kernel, r.key.spec, r.key.bucket, r.candidate)):
-            outcome = record.outcome
-            ms, failure = (f"{outcome.median_ms:.3f}", "") if isinstance(outcome, Timing) else ("", outcome.kind)
-            shape = record.key.bucket.replace(",", " ")
-            table.add_row(record.key.kernel, shape, record.key.fingerprint.device, record.candidate, ms, failure)
-        out.print(table)
-        out.print(f"{found.path}: {len(records)} results", highlight=False)
+    if as_json:
+        print(exchange.to_text(records))
+        return
+    out = results_console(sys.stdout)
+    table = Table("kernel", "shape", "device", "candidate", "ms", "failure")
+    for record in sorted(records, key=lambda r: (r.key.kernel, r.key.spec, r.key.bucket, r.candidate)):
+        outcome = record.outcome
+        ms, failure = (f"{outcome.median_ms:.3f}", "") if isinstance(outcome, Timing) else ("", outcome.kind)
+        shape = record.key.bucket.replace(",", " ")
+        table.add_row(record.key.kernel, shape, record.key.fingerprint.device, record.candidate, ms, failure)
+    out.print(table)
+    out.print(f"{found.path}: {len(records)} results", highlight=False)
 
 
 @cache.command("export")
