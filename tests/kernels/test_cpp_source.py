@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch._inductor import config
 from torchaccel.kernels import reference
-from torchaccel.kernels.cpp import append, attention, linear, selection, summary, window_prefill
+from torchaccel.kernels.cpp import append, attention, linear, prompt_selection, selection, summary, window_prefill
 from torchaccel.kernels.cpp import compile as toolchain
 from torchaccel.kernels.spec import LinearSpec
 
 from tests.kernels.cpp_support.cases import SPECS, assert_same, inputs
 from tests.kernels.test_cpp_prefill import SPECS as PREFILL_SPECS
 from tests.kernels.test_selection import SPECS as SELECTION_SPECS
+from tests.kernels.test_selection_prompt import SPECS as PROMPT_SELECTION_SPECS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cpp"
 SOURCES = {
@@ -30,6 +31,7 @@ SOURCES = {
     "summary_bounds_bf16": lambda: summary.source(SELECTION_SPECS["bounds_bf16"].summary),
     "summary_mean_bf16": lambda: summary.source(SELECTION_SPECS["mean_bf16_softmax"].summary),
     "selection_bounds_bf16": lambda: selection.source(SELECTION_SPECS["bounds_bf16"]),
+    "selection_antidiagonal_bf16": lambda: prompt_selection.source(PROMPT_SELECTION_SPECS["antidiagonal_bf16"]),
     "selection_mean_softmax_mass": lambda: selection.source(SELECTION_SPECS["mean_bf16_softmax"]),
 }
 
