@@ -31,20 +31,20 @@ def settings() -> Iterator[None]:
 
 
 def toolchain() -> dict[str, str]:
-    """What binaries depend on beyond the fingerprint: Python, the system, and the compiler's command line."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    """What binaries depend on beyond the fingerprint: Python, the system, and the compiler's command line.
 
-    found = {
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+    The flags of the instruction set are left out: they follow from the fingerprint, and finding them out compiles.
+    """
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+    from torch._inductor.cpu_vec_isa import invalid_vec_isa
+
+    python = ".".join(platform.python_version_tuple()[:2])
+    found = {"python": python, "system": f"{platform.system()} {platform.machine()}"}
     try:
-        with settings():
-            options = CppTorchDeviceOptions(
-                vec_isa=pick_vec_isa(), device_type="cpu", include_pytorch=False, shared=True
-            )
-            command = CppBuilder(name="o", sources="i", BuildOption=options).get_command_line()
+        options = CppTorchDeviceOptions(
+            vec_isa=invalid_vec_isa, device_type="cpu", include_pytorch=False, shared=True, compile_only=True
+        )
+        command = CppBuilder(name="o", sources="i", BuildOption=options).get_command_line()
     except Exception as error:  # no compiler: then nothing that needs one can be in the code cache
         command = type(error).__name__
     return found | {"compile command": hashlib.sha256(command.encode()).hexdigest()[:16]}

@@ -96,7 +96,6 @@ def _refusal(path: Path, bundle: Bundle, trust: bool, device: torch.device) -> s
     """Why the code of a verified bundle is not run, in words for the user."""
     if not bundle.has_code:
         return None
-    # The toolchain is only looked at where the machine is the same: looking takes its instruction sets for granted.
     differences = fingerprint(device).differences(bundle.fingerprint) or bundle.toolchain_differences(code.toolchain())
     portable = "Its timings and calibration are used; what it would have brought is compiled here"
     if differences:
