@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,6 +11,9 @@ from typing import Any
 from . import composed, kv_format, reference, selection_reference
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
+
+# Above this many new tokens dense GEMM kernels beat one-row kernels, which read the cache once per row.
+MAX_KERNEL_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Choice:
 
 @lru_cache(maxsize=4096)
 def decode_attention(spec: AttentionSpec, device: str) -> Choice:
-    """The implementation of append-and-attend."""
+    """The implementation of append-and-attend for up to ``MAX_KERNEL_ROWS`` new tokens."""
     module = _attention_module(device, "decode")
     reason = module.supports(spec) if module else f"no generated kernels for device {device}"
     if reason is None:
@@ -98,47 +100,11 @@ def _selection(spec: SummarySpec | SelectionSpec | PromptSelectionSpec, device: 
     return Choice("reference", partial(getattr(selection_reference, name), spec), reason)
 
 
-@lru_cache(maxsize=4096)
-def attend(plan: str) -> Callable[..., Any]:
-    """The callable of a decode ``Plan`` by its key: the pick for the number of tokens that are stored at the call."""
-    picks = [(limit, realise(Plan.from_key(plan).spec, candidate)) for limit, candidate in Plan.from_key(plan).picks]
-    if len(picks) == 1:
-        return picks[0][1]
-
-    def run(q: Tensor, k_new: Any, v_new: Any, k_buf: Tensor, v_buf: Tensor, lens: Tensor, *rest: Any) -> Any:
-        tokens = int(lens[1])
-        pick = next(pick for limit, pick in picks if limit is None or tokens <= limit)
-        return pick(q, k_new, v_new, k_buf, v_buf, lens, *rest)
-
-    return run
-
-
-@lru_cache(maxsize=4096)
-def attend_prompt(plan: str) -> Callable[..., Any]:
-    """The callable of a prefill ``Plan`` by its key: the pick for the length of the prompt."""
-    picks = [(limit, realise(Plan.from_key(plan).spec, candidate)) for limit, candidate in Plan.from_key(plan).picks]
-    if len(picks) == 1:
-        return picks[0][1]
-
-    def run(q: Tensor, k: Tensor, *rest: Any) -> Any:
-        pick = next(pick for limit, pick in picks if limit is None or k.shape[2] <= limit)
-        return pick(q, k, *rest)
-
-    return run
-
-
-def realise(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:
-    """The candidate's callable; where its compiler fails, that of stock operators, with a warning that says so."""
-    try:
-        return build(spec, candidate)
-    except Exception as error:  # compilers raise what they like; the run must go on
-        first = str(error).strip().splitlines()
-        warnings.warn(
-            f"{candidate.key()} could not be built for {spec.key()} ({type(error).__name__}: {first[0] if first else ''}); "
-            "stock operators run instead",
-            stacklevel=2,
-        )
-        return build(spec, Candidate("composed"))
+def attend(spec: AttentionSpec, device: str, rows: int) -> Callable[..., Any]:
+    """The callable for ``rows`` new tokens: generated kernels for few, stock operators for many."""
+    if rows > MAX_KERNEL_ROWS:
+        return partial(composed.decode_attention, spec)
+    return decode_attention(spec, device).run
 
 
 def _name(device: str) -> str:
