@@ -20,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from torchaccel.cost.calibrate import calibrate
 from torchaccel.cost.calibration import Calibration, shipped
 from torchaccel.cost.facts import DeviceFacts
 from torchaccel.cost.measure import measure
-from torchaccel.cost.probe import timed
+from torchaccel.cost.probe import ReadProbe, timed
 from torchaccel.cost.roofline import predict_ms
 from torchaccel.cost.shape import AttentionShape, LinearShape, Shape
 from torchaccel.cost.traffic import Traffic
@@ -46,11 +46,22 @@ HEADS = ((64, 1), (64, 3), (64, 8), (128, 4))
 BATCHES = ((1, 1), (1, 4), (2, 2), (8, 1), (4, 8))
 LENGTHS = (64, 300, 1024, 5000, 32768)
 PROMPTS = (64, 200, 1024, 2048)
+# (width of x, widths of the results) of linear layers that share x.
+LAYERS = (
+    (256, (256,)),
+    (768, (768, 256, 256)),
+    (768, (4096,)),
+    (2048, (768,)),
+    (768, (32000,)),
+    (4096, (4096,)),
+    (4096, (3072, 1536, 1536)),
+)
 # Points beyond these would take most of the time and decide nothing.
 MAX_KV_BYTES = 72e6
 MAX_PROMPT_FLOPS = 6e9
 # Stock operators and the reference are left out where one call takes longer.
 PATIENCE_MS = 50.0
+PROBE_MEGABYTES = 256
 # Shorter calls are repeated within a sample.
 SAMPLE_MS = 0.5
 
@@ -92,10 +103,18 @@ def main() -> int:
     points = list(grid())[:: options.every]
     random.Random(0).shuffle(points)
     began = time.perf_counter()
+    # A virtual machine drifts with its neighbours. What counts is the bandwidth of the whole run; a rate of products that
+    # was measured too low would be made up for by coefficients.
+    probe, bandwidths = ReadProbe(device, PROBE_MEGABYTES), []
     for number, point in enumerate(points):
         time_point(point, device, options.rounds)
+        if number % 10 == 0:
+            bandwidths.append(probe.gbs())
         if number % 50 == 49:
             print(f"{number + 1} of {len(points)} points, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    later = measure(device)
+    rates = tuple((name, max(rate, later.rate(name))) for name, rate in facts.gflops)
+    facts = replace(facts, dram_gbs=statistics.median(bandwidths), gflops=rates)
     points = [point for point in points if point.ms]
     half = len(points) // 2
     fitted = calibrate(samples(points[:half]), facts)
@@ -149,13 +168,7 @@ def grid() -> Iterator[Point]:
                         yield Point(f"prompt {name} {dtype} D{dim} H{heads} S{tokens}", spec, shape)
     for dtype in ("float32", "bfloat16"):
         for rows in (1, 2, 8):
-            for inputs, outputs in (
-                (256, (256,)),
-                (768, (768, 256, 256)),
-                (768, (4096,)),
-                (2048, (768,)),
-                (768, (32000,)),
-            ):
+            for inputs, outputs in LAYERS:
                 shape = LinearShape(rows, inputs, outputs)
                 yield Point(f"linear {dtype} {rows} {inputs} {outputs}", LinearSpec(dtype, rows, False), shape)
 
@@ -182,6 +195,7 @@ def time_point(point: Point, device: torch.device, rounds: int) -> None:
     order = list(calls)
     for turn in range(rounds if order else 0):
         for candidate in order[turn % len(order) :] + order[: turn % len(order)]:
+            calls[candidate]()  # the candidate before has left its own tensors in the caches
             many = partial(again, calls[candidate], repeats[candidate])
             times[candidate].append(timed(many, device) / repeats[candidate])
     point.ms = {candidate: statistics.median(values) for candidate, values in times.items()}
