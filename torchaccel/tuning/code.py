@@ -16,6 +16,7 @@ import torch
 from torchaccel.errors import BundleError
 
 # What is known when the fingerprint is the same need not be found out: that code for these instruction sets runs here.
+# (Where the bundle was made, compiling and running the model showed it.)
 # Precompiled headers lie outside of Inductor's cache folder and would be compiled again for kernels that are there
 # already. Both are part of Inductor's keys, so they hold when a bundle is made and when it is used.
 SETTINGS: Mapping[str, Any] = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
@@ -56,14 +57,10 @@ def record(run: Callable[[], object]) -> tuple[dict[str, bytes], bytes | None]:
     For a process that has compiled nothing yet; what is compiled already is in no folder any more. Raises
     ``BundleError`` when nothing was compiled.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with tempfile.TemporaryDirectory(prefix="torchaccel-bundle-") as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
-            # Found out by compiling and running, here; taken for granted on machines of the same fingerprint.
-            pick_vec_isa()
             with settings():
                 run()
             saved = torch.compiler.save_cache_artifacts()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.fx import Graph
 
+from torchaccel.cost.facts import DeviceFacts
 from torchaccel.errors import BundleError, CacheWarning
 
 from . import code
@@ -68,6 +69,14 @@ class Deployment:
     def tuned(self, cache: Path | None, brought: Brought, device: torch.device) -> Tuned:
         """What was measured on this device: by the cache at ``cache`` (None: the default) and in the bundle."""
         return Tuned.open(cache, device, bundled=brought.records)
+
+    def facts(self, cache: Path | None, device: torch.device) -> DeviceFacts | None:
+        """What was measured about this device and kept in the cache; None when nothing was."""
+        found = TuningCache(cache or default_path()).facts(fingerprint(device))
+        try:
+            return None if found is None else DeviceFacts.from_dict(found)
+        except (TypeError, ValueError):
+            return None  # of another version of torchaccel
 
     def tune(self, graph: Graph, tokens: int | None, cache: Path | None, effort: Effort, device: torch.device) -> bool:
         """Measure the kernels of a rewritten graph that the cache does not know; whether anything is known now.
