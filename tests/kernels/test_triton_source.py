@@ -68,7 +68,8 @@ def test_source_emits_only_what_the_spec_needs() -> None:
 
 def test_import_leaves_triton_alone() -> None:
     code = (
-        "import sys, torchaccel.kernels.triton.decode_attention, torchaccel.kernels.triton.window_prefill\n"
+        "import sys, torchaccel.kernels.triton.decode_attention, torchaccel.kernels.triton.merge\n"
+        "import torchaccel.kernels.triton.window_prefill\n"
         "sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
