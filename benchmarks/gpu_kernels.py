@@ -339,7 +339,7 @@ def on_cpu(*tensors: Tensor | None) -> list[Any]:
 
 
 def compare(got: Any, expected: Any) -> dict[str, Any]:
-    """Largest difference of a result from the reference, relative to its largest value, and whether that is rounding."""
+    """Largest difference from the reference, relative to its largest value, and whether that is rounding."""
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True)
     errors = [float((x.cpu().float() - y.float()).abs().max() / y.float().abs().max()) for x, y in pairs]
     return {"agrees": all(error <= TOLERANCE for error in errors), "largest_error": max(errors)}
