@@ -59,6 +59,14 @@ def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
+def unsupported(spec: Spec, device: str) -> str | None:
+    """Why no generated kernel runs ``spec`` on a device type, in one line for the user; None when one does."""
+    generated = {"cpu": "cpp", "cuda": "triton"}.get(device)
+    module = None if generated is None else _module(generated, spec)
+    reason: str | None = module.supports(spec) if module else f"no generated kernels for device {device}"
+    return reason
+
+
 @lru_cache(maxsize=4096)
 def build(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
     """The callable of a candidate, with the arguments of the reference after its spec.

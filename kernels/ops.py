@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from . import kv_format, registry
+from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, LinearSpec
 
 _SCHEMAS = {
     "attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, Tensor? mask, "
-    "Tensor(c!)? positions, str spec) -> Tensor",
-    "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
-    "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str spec) -> Tensor",
+    "Tensor(c!)? positions, str plan) -> Tensor",
+    "attend_with": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> Tensor[]",
+    "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
+    "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
+    "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
+    "str plan) -> Tensor[]",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
     "Tensor? channels, str spec) -> ()",
@@ -34,7 +39,9 @@ def library() -> torch.library.Library:
     # Library.impl costs 2.5 us a call, custom_op 8 us: with one call per layer and step that matters.
     for key in ("CPU", "CUDA"):
         lib.impl("attend", _attend, key)
+        lib.impl("attend_with", _attend_with, key)
         lib.impl("attend_static", _attend_static, key)
+        lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
         lib.impl("summarise_keys", _summarise_keys, key)
@@ -42,6 +49,8 @@ def library() -> torch.library.Library:
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
     for name in ("attend", "attend_static", "attend_prompt"):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
+    torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
+    torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
     torch.library.register_fake("torchaccel::select_blocks", _select_blocks_fake, lib=lib)
@@ -51,11 +60,6 @@ def library() -> torch.library.Library:
 
 # A step calls an operator per layer, so what is looked up is keyed by what costs nothing to compare: hashing the specs
 # took 1 us a call.
-@lru_cache(maxsize=4096)
-def _attend_run(spec: str, device: str, rows: int) -> Any:
-    return registry.attend(AttentionSpec.from_key(spec), device, rows)
-
-
 @lru_cache(maxsize=4096)
 def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
     return registry.linear(LinearSpec(dtype, rows, bias), device).run
@@ -80,21 +84,55 @@ def _attend(
     lens: Tensor,
     mask: Tensor | None,
     positions: Tensor | None,
-    spec: str,
+    plan: str,
 ) -> Tensor:
-    run = _attend_run(spec, q.device.type, q.shape[2])
-    return run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+    out: Tensor = registry.attend(plan)(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+    return out
 
 
-def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
+def _attend_with(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    index: Tensor | None,
+    head_windows: Tensor | None,
+    plan: str,
+) -> list[Tensor]:
+    run = registry.attend(plan)
+    return _as_list(run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows))
+
+
+def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:
     rows, slots = q.shape[2], k.shape[2]
-    run = _attend_run(spec, q.device.type, rows)
-    return run(q, None, None, k, v, torch.tensor([0, slots, slots - rows]), mask, None)
+    lens = torch.tensor([0, slots, slots - rows])
+    out: Tensor = registry.attend(plan)(q, None, None, k, v, lens, mask, None)
+    return out
 
 
-def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: str) -> Tensor:
-    run = registry.prefill_attention(AttentionSpec.from_key(spec), q.device.type).run
-    return run(q, k, v, mask)
+def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:
+    out: Tensor = registry.attend_prompt(plan)(q, k, v, mask)
+    return out
+
+
+def _attend_prompt_with(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    head_windows: Tensor | None,
+    plan: str,
+) -> list[Tensor]:
+    return _as_list(registry.attend_prompt(plan)(q, k, v, mask, index, head_windows))
+
+
+def _as_list(results: Any) -> list[Tensor]:
+    return list(results) if isinstance(results, tuple) else [results]
 
 
 def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
@@ -118,6 +156,24 @@ def _select_blocks(
 def _select_prompt_blocks(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:
     run = registry.select_prompt(PromptSelectionSpec.from_key(spec), q.device.type).run
     return run(q, k, first)
+
+
+def _attend_with_fake(q: Tensor, k_new: Tensor, v_new: Tensor, k_buf: Tensor, *rest: Any) -> list[Tensor]:
+    spec = Plan.from_key(rest[-1]).spec
+    return _side_fakes(q, k_new.shape[1], kv_format.capacity(spec.key_format, k_buf), spec)
+
+
+def _attend_prompt_with_fake(q: Tensor, k: Tensor, *rest: Any) -> list[Tensor]:
+    return _side_fakes(q, k.shape[1], k.shape[2], Plan.from_key(rest[-1]).spec)
+
+
+def _side_fakes(q: Tensor, kv_heads: int, slots: int, spec: AttentionSpec) -> list[Tensor]:
+    results = [_like_query(q)]
+    if spec.lse:
+        results.append(q.new_empty(q.shape[:3], dtype=torch.float32))
+    if spec.mass:
+        results.append(q.new_empty((q.shape[0], kv_heads, slots), dtype=torch.float32))
+    return results
 
 
 def _like_query(q: Tensor, *_: Any) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
-from . import composed, kv_format, reference, selection_reference
+from torch import Tensor
+
+from . import kv_format, reference, selection_reference
+from .candidates import Candidate, build
+from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
-
-# Above this many new tokens dense GEMM kernels beat one-row kernels, which read the cache once per row.
-MAX_KERNEL_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -23,26 +25,6 @@ class Choice:
     name: str
     run: Callable[..., Any]
     reason: str | None = None
-
-
-@lru_cache(maxsize=4096)
-def decode_attention(spec: AttentionSpec, device: str) -> Choice:
-    """The implementation of append-and-attend for up to ``MAX_KERNEL_ROWS`` new tokens."""
-    module = _attention_module(device, "decode")
-    reason = module.supports(spec) if module else f"no generated kernels for device {device}"
-    if reason is None:
-        return Choice(_name(device), module.decode_attention(spec))
-    return Choice("composed", partial(composed.decode_attention, spec), reason)
-
-
-@lru_cache(maxsize=4096)
-def prefill_attention(spec: AttentionSpec, device: str) -> Choice:
-    """The implementation of attention of a prompt over itself."""
-    module = _attention_module(device, "prefill")
-    reason = module.supports(spec) if module else f"no generated kernels for device {device}"
-    if reason is None:
-        return Choice(_name(device), module.prefill_attention(spec))
-    return Choice("composed", partial(composed.prefill_attention, spec), reason)
 
 
 @lru_cache(maxsize=256)
@@ -100,24 +82,44 @@ def _selection(spec: SummarySpec | SelectionSpec | PromptSelectionSpec, device: 
     return Choice("reference", partial(getattr(selection_reference, name), spec), reason)
 
 
-def attend(spec: AttentionSpec, device: str, rows: int) -> Callable[..., Any]:
-    """The callable for ``rows`` new tokens: generated kernels for few, stock operators for many."""
-    if rows > MAX_KERNEL_ROWS:
-        return partial(composed.decode_attention, spec)
-    return decode_attention(spec, device).run
+@lru_cache(maxsize=4096)
+def attend(plan: str) -> Callable[..., Any]:
+    """The callable of a decode ``Plan`` by its key: the pick for the number of tokens that are stored at the call."""
+    picks = [(limit, realise(Plan.from_key(plan).spec, candidate)) for limit, candidate in Plan.from_key(plan).picks]
+    if len(picks) == 1:
+        return picks[0][1]
+
+    def run(q: Tensor, k_new: Any, v_new: Any, k_buf: Tensor, v_buf: Tensor, lens: Tensor, *rest: Any) -> Any:
+        tokens = int(lens[1])
+        pick = next(pick for limit, pick in picks if limit is None or tokens <= limit)
+        return pick(q, k_new, v_new, k_buf, v_buf, lens, *rest)
+
+    return run
 
 
-def _name(device: str) -> str:
-    return "cpp" if device == "cpu" else "triton"
+@lru_cache(maxsize=4096)
+def attend_prompt(plan: str) -> Callable[..., Any]:
+    """The callable of a prefill ``Plan`` by its key: the pick for the length of the prompt."""
+    picks = [(limit, realise(Plan.from_key(plan).spec, candidate)) for limit, candidate in Plan.from_key(plan).picks]
+    if len(picks) == 1:
+        return picks[0][1]
+
+    def run(q: Tensor, k: Tensor, *rest: Any) -> Any:
+        pick = next(pick for limit, pick in picks if limit is None or k.shape[2] <= limit)
+        return pick(q, k, *rest)
+
+    return run
 
 
-def _attention_module(device: str, phase: str) -> Any:
-    # Imported on first use: a machine without a GPU never loads Triton, one without g++ never looks for it.
-    names = {
-        ("cpu", "decode"): ".cpp.attention",
-        ("cpu", "prefill"): ".cpp.window_prefill",
-        ("cuda", "decode"): ".triton.decode_attention",
-        ("cuda", "prefill"): ".triton.window_prefill",
-    }
-    name = names.get((device, phase))
-    return None if name is None else import_module(name, __package__)
+def realise(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:
+    """The candidate's callable; where its compiler fails, that of stock operators, with a warning that says so."""
+    try:
+        return build(spec, candidate)
+    except Exception as error:  # compilers raise what they like; the run must go on
+        first = str(error).strip().splitlines()
+        warnings.warn(
+            f"{candidate.key()} could not be built for {spec.key()} ({type(error).__name__}: {first[0] if first else ''}); "
+            "stock operators run instead",
+            stacklevel=2,
+        )
+        return build(spec, Candidate("composed"))

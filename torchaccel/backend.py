@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torchaccel.cost.assumed import assumed_facts
 from torchaccel.errors import CacheMissError, OptionsError
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
 from torchaccel.passes.lowering.attention import AttentionLowering, Lowered
+from torchaccel.passes.lowering.choice import Chooser
 from torchaccel.passes.lowering.linear import lower_linear
 from torchaccel.passes.manager import PassManager
 from torchaccel.reporting import GraphRecord, Journal
@@ -115,7 +117,7 @@ class Backend:
         label = f"graph{self.graphs_received:02d}"
         context, record.passes = manager.run(module, device, label)
         record.phase = context.anatomy.phase
-        lowered = AttentionLowering(context, inputs).run()
+        lowered = AttentionLowering(context, inputs, self._chooser(options, device)).run()
         record.sites = lowered.sites
         record.linear_layers = lower_linear(context.graph, device)
         # Last, because the kernels above take float16 as it is and compute in float32 themselves.
@@ -126,6 +128,11 @@ class Backend:
         module.meta = {}
         manager.dump(context.graph, label, 90, "lowered")
         return module, lowered
+
+    def _chooser(self, options: Options, device: torch.device) -> Chooser:
+        brought = self.deployment.bring(options.bundle, options.trust, device, strict=options.strict)
+        facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
+        return Chooser(device, facts, self.deployment.tuned(options.cache, brought, device))
 
     def _compiler(self, mode: str | None) -> Callable[..., Any]:
         if self.execute_only:

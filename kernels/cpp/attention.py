@@ -22,7 +22,7 @@ DENSE_TILE = 64
 # Waking a second thread costs a few microseconds, about the time one core needs for these many tiles of 64 keys.
 MIN_TILES = 8
 # New tokens times heads of a group, from which on tiles are packed and multiplied with all rows at once.
-MANY_ROWS = 12
+MANY_ROWS = 24
 
 FIELDS = (
     "q, q_b, q_h, q_q, q_d",

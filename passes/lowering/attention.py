@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torchaccel.kernels import ops, registry
+from torchaccel.kernels import ops
+from torchaccel.kernels.candidates import unsupported
+from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
+
+from torchaccel.cost.shape import AttentionShape
 
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
@@ -19,17 +23,24 @@ from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from ..dead_code import remove_dead_code
+from .choice import Chooser
 
 
 @dataclass
 class LoweredSite:
-    """What became of one attention site: the kernel that runs it and the layouts of its cache."""
+    """What became of one attention site: the kernel that runs it and the layouts of its cache.
+
+    switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
+    predicted_ms: of one call, with as many tokens stored as when the graph was compiled.
+    """
 
     site: str
     kernel: str
     layout: str
     window: int | None = None
     sinks: int = 0
+    switches: tuple[tuple[int | None, str], ...] = ()
+    predicted_ms: float | None = None
 
 
 @dataclass
@@ -45,8 +56,10 @@ class Lowered:
 class AttentionLowering:
     """Lowers every site of one graph; a site that cannot be lowered stays canonical and exact."""
 
-    def __init__(self, context: RewriteContext, example_inputs: list[Any]):
+    def __init__(self, context: RewriteContext, example_inputs: list[Any], chooser: Chooser | None = None):
+        """chooser: which candidates the kernels are; by default every kernel's seed."""
         self.context = context
+        self.chooser = chooser or Chooser(context.device)
         self.graph: Graph = context.graph
         self.examples = example_inputs
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -133,8 +146,11 @@ class AttentionLowering:
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         # The mask alone says what is visible: slots that were never written are masked, and skipped unread.
         spec = replace(self._spec(site, plan, "decode", dense, dense), causal=False)
-        self._replace(site, torch.ops.torchaccel.attend_static.default, (site.q, site.k, site.v, site.mask, spec.key()))
-        self._note(site, registry.decode_attention(spec, self.context.device.type), "static", plan)
+        shape = self._shape(site, _size(_fake(site.k).shape[2]))
+        choice = self.chooser.plan(spec, shape)
+        args = (site.q, site.k, site.v, site.mask, choice.key())
+        self._replace(site, torch.ops.torchaccel.attend_static.default, args)
+        self._note(site, choice, shape, "static", plan)
 
     def _lower_prompt(self, site: AttentionSite, plan: SitePlan) -> None:
         """Attention of a prompt over itself: the generated kernel where it wins, stock sdpa elsewhere."""
@@ -142,12 +158,14 @@ class AttentionLowering:
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         spec = self._spec(site, plan, "prefill", dense, dense)
         # Dense prompts from 128 tokens on: ours is 1.7-5.7x stock sdpa on the CPU; on a GPU stock flash kernels win.
-        choice = registry.prefill_attention(spec, device) if device == "cpu" or plan.window is not None else None
-        if choice is None or (plan.window is None and choice.reason is not None):
+        if plan.window is None and (device != "cpu" or unsupported(spec, device) is not None):
             self.sites.append(LoweredSite(site.name, "stock sdpa", "none"))
             return
-        self._replace(site, torch.ops.torchaccel.attend_prompt.default, (site.q, site.k, site.v, site.mask, spec.key()))
-        self._note(site, choice, "none", plan)
+        shape = self._shape(site, _size(_fake(site.k).shape[2]))
+        choice = self.chooser.plan(spec, shape)
+        args = (site.q, site.k, site.v, site.mask, choice.key())
+        self._replace(site, torch.ops.torchaccel.attend_prompt.default, args)
+        self._note(site, choice, shape, "none", plan)
 
     def _lower_prefill(self, site: AttentionSite, plan: SitePlan) -> None:
         self._lower_prompt(site, plan)
@@ -208,9 +226,11 @@ class AttentionLowering:
             self.inputs.append(self._inner(keys.past, layouts[0], "positions"))
         lens = self._placeholder(f"{keys.past.name}_lens")
         self.inputs.append(torch.zeros(3, dtype=torch.int64))
-        args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, spec.key())
+        shape = self._shape(site, _size(_fake(keys.past).shape[2]))
+        choice = self.chooser.plan(spec, shape)
+        args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, choice.key())
         self._replace(site, torch.ops.torchaccel.attend.default, args)
-        self._note(site, registry.decode_attention(spec, self.context.device.type), _describe(layouts[0]), plan)
+        self._note(site, choice, shape, _describe(layouts[0]), plan)
 
     def _buffer(self, past: Node, layout: Layout) -> Node:
         node = self._placeholder(f"{past.name}_buffer")
@@ -235,10 +255,18 @@ class AttentionLowering:
         site.node.replace_all_uses_with(node)
         self.graph.erase_node(site.node)
 
-    def _note(self, site: AttentionSite, choice: registry.Choice, layout: str, plan: SitePlan) -> None:
-        self.sites.append(LoweredSite(site.name, choice.name, layout, plan.window, plan.sinks))
-        if choice.reason is not None:
-            self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, choice.reason))
+    def _shape(self, site: AttentionSite, tokens: int) -> AttentionShape:
+        batch, _, queries, _ = (_size(size) for size in _fake(site.q).shape)
+        return AttentionShape(batch, site.kv_heads, queries, tokens, sites=len(self.context.anatomy.attentions))
+
+    def _note(self, site: AttentionSite, choice: Plan, shape: AttentionShape, layout: str, plan: SitePlan) -> None:
+        name = choice.pick(shape.tokens).implementation
+        switches = tuple((limit, candidate.key()) for limit, candidate in choice.picks)
+        predicted = self.chooser.predicted_ms(choice, shape)
+        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted))
+        reason = unsupported(choice.spec, self.context.device.type)
+        if reason is not None:
+            self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))
 
     def _extra_output(self, node: Node) -> int:
         if node not in self.extra:
@@ -291,6 +319,11 @@ def _describe(layout: Layout) -> str:
 
 def _fake(node: Node) -> Any:
     return node.meta["example_value"]
+
+
+def _size(size: Any) -> int:
+    """A size as a number; of a symbolic one, what it was when the graph was captured."""
+    return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
 def _hint(size: Any) -> Any:

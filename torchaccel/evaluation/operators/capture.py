@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ...kernels.plan import Plan
 from ...kernels.spec import AttentionSpec
 from ...options import resolve
 from ...passes.lowering.attention import AttentionLowering
@@ -57,7 +58,7 @@ def capture(model: Any, options: Mapping[str, Any], phase: str) -> Captured:
         kernels = torch.ops.torchaccel.attend.default, torch.ops.torchaccel.attend_prompt.default
         for node in context.graph.nodes:
             if node.target in kernels:
-                found.spec = _without_mask(AttentionSpec.from_key(str(node.args[-1])))
+                found.spec = _without_mask(Plan.from_key(str(node.args[-1])).spec)
         return gm.forward
 
     single.compile(backend=rewrite)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import kv_format, ops, registry
+from ...kernels.candidates import candidates
+from ...kernels.plan import Plan
 from ...kernels.spec import AttentionSpec, KVFormat
 from ..results import Result
 from ..runner import Runner
@@ -47,9 +49,7 @@ class Kernel(Runner):
         """The spec and who runs it."""
         spec = self._captured.spec
         assert spec is not None
-        choose = registry.decode_attention if spec.phase == "decode" else registry.prefill_attention
-        choice = choose(spec, self._device)
-        result.effective = {"kernel": choice.name, "spec": spec.key()}
+        result.effective = {"kernel": _seed(spec, self._device).picks[0][1].key(), "spec": spec.key()}
         others = [family for family in requested(self.options) if family not in FAMILIES]
         reasons = [*self._captured.declines, *(f"{family} does not change the operator" for family in others)]
         if reasons:
@@ -68,11 +68,17 @@ def _decode(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Calla
     lens = torch.tensor([0, length, length])
     new = k[:, :, length:].contiguous(), v[:, :, length:].contiguous()
     attend = torch.ops.torchaccel.attend.default
-    return partial(attend, q, *new, keys, values, lens, None, None, spec.key()), keys.nbytes + values.nbytes
+    plan = _seed(spec, q.device.type).key()
+    return partial(attend, q, *new, keys, values, lens, None, None, plan), keys.nbytes + values.nbytes
 
 
 def _prefill(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Tensor], int]:
-    return partial(torch.ops.torchaccel.attend_prompt.default, q, k, v, None, spec.key()), k.nbytes + v.nbytes
+    plan = _seed(spec, q.device.type).key()
+    return partial(torch.ops.torchaccel.attend_prompt.default, q, k, v, None, plan), k.nbytes + v.nbytes
+
+
+def _seed(spec: AttentionSpec, device: str) -> Plan:
+    return Plan(spec, ((None, candidates(spec, device)[0]),))
 
 
 def _store(fmt: KVFormat, tokens: Tensor, length: int) -> Tensor:

@@ -1,0 +1,43 @@
+"""Which candidate a compiled graph calls for each kernel: by what was measured, else by the cost model."""
+
+from __future__ import annotations
+
+import torch
+from torchaccel.kernels.candidates import candidates
+from torchaccel.kernels.plan import Plan
+from torchaccel.kernels.spec import AttentionSpec
+
+from torchaccel.cost.choose import Tuned, candidate_ms, choose
+from torchaccel.cost.facts import DeviceFacts
+from torchaccel.cost.roofline import INFEASIBLE
+from torchaccel.cost.shape import AttentionShape
+
+
+class Chooser:
+    """The choices of one compilation; equal sites are decided once."""
+
+    def __init__(self, device: torch.device, facts: DeviceFacts | None = None, tuned: Tuned | None = None):
+        """facts: what the device can do; None takes every kernel's seed, the first of its candidates."""
+        self.device = device
+        self.facts = facts
+        self.tuned = tuned
+        self._plans: dict[tuple[AttentionSpec, AttentionShape], Plan] = {}
+
+    def plan(self, spec: AttentionSpec, shape: AttentionShape) -> Plan:
+        """The candidates of an attention kernel over all numbers of stored tokens; ``shape.tokens`` is ignored."""
+        found = self._plans.get((spec, shape))
+        if found is None:
+            choices = candidates(spec, self.device.type)
+            if self.facts is None:
+                found = Plan(spec, ((None, choices[0]),))
+            else:
+                found = choose(spec, choices, shape, self.facts, self.tuned)
+            self._plans[spec, shape] = found
+        return found
+
+    def predicted_ms(self, plan: Plan, shape: AttentionShape) -> float | None:
+        """Milliseconds of one call of a plan with ``shape.tokens`` stored; None without facts of the device."""
+        if self.facts is None:
+            return None
+        ms = candidate_ms(plan.spec, plan.pick(shape.tokens), shape, self.facts, self.tuned)
+        return None if ms == INFEASIBLE else ms
