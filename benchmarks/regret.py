@@ -103,8 +103,8 @@ def main() -> int:
     points = list(grid())[:: options.every]
     random.Random(0).shuffle(points)
     began = time.perf_counter()
-    # A virtual machine drifts with its neighbours. What counts is the bandwidth of the whole run; a rate of products that
-    # was measured too low would be made up for by coefficients.
+    # A virtual machine drifts with its neighbours. What counts is the bandwidth of the whole run; a rate of products
+    # that was measured too low would be made up for by coefficients.
     probe, bandwidths = ReadProbe(device, PROBE_MEGABYTES), []
     for number, point in enumerate(points):
         time_point(point, device, options.rounds)
