@@ -90,7 +90,7 @@ def dequantise(fmt: KVFormat, codes: Tensor, scales: Tensor, minima: Tensor) -> 
 
 
 def _grouped(fmt: KVFormat, x: Tensor) -> Tensor:
-    """Blocks ``[..., block, D]`` in groups, of tokens ``[..., n, group, D]`` or of channels ``[..., n, block, group]``."""
+    """Blocks ``[..., block, D]`` as ``[..., n, group, D]`` (groups of tokens) or ``[..., n, block, group]``."""
     if fmt.axis == "channel":
         return x.unflatten(-2, (-1, fmt.group_size))
     return x.unflatten(-1, (-1, fmt.group_size)).transpose(-2, -3)

@@ -118,8 +118,23 @@ def realise(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:
     except Exception as error:  # compilers raise what they like; the run must go on
         first = str(error).strip().splitlines()
         warnings.warn(
-            f"{candidate.key()} could not be built for {spec.key()} ({type(error).__name__}: {first[0] if first else ''}); "
-            "stock operators run instead",
+            f"{candidate.key()} could not be built ({type(error).__name__}: {first[0] if first else 'no message'}); "
+            f"stock operators run {spec.key()} instead",
             stacklevel=2,
         )
         return build(spec, Candidate("composed"))
+
+
+@lru_cache(maxsize=4)
+def merge(device: str) -> Callable[..., Tensor]:
+    """The implementation of merging partial attention (``shared_prefix.merge``)."""
+    if device == "cpu":
+        from .cpp.compile import missing_toolchain
+
+        if missing_toolchain() is None:
+            from .cpp.merge import merge as generated
+
+            return generated
+    from .shared_prefix import merge as stock
+
+    return stock

@@ -15,7 +15,6 @@ from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 
 from torchaccel.cost.shape import AttentionShape
-
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
 from torchaccel.runtime.kv import LogicalKV, compress

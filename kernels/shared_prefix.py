@@ -1,0 +1,102 @@
+"""Attention of a batch whose rows begin with the same tokens: the prefix is read once, for the queries of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .candidates import Candidate, build
+from .spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Level:
+    """A prefix that groups of neighbouring rows share: keys and values of the spec's formats.
+
+    keys, values: buffers of batch size ``entries``, which divides the batch; row b reads entry ``b // (B / entries)``.
+    tokens: filled slots. A hierarchy is a list of levels, the one shared by most rows first.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: int
+
+    @property
+    def entries(self) -> int:
+        """Number of different prefixes in the level."""
+        return self.keys.shape[0]
+
+
+def attend(
+    spec: AttentionSpec,
+    candidate: Candidate,
+    levels: Sequence[Level],
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Append to the rows' own buffers and attend to every level and to them (Hydragen, arXiv 2402.05099). Exact.
+
+    q: ``[B, H, Q, D]``. k_new, v_new, k_buf, v_buf, lens: as in ``reference.decode_attention``, of the tokens behind
+    the prefixes; the mask's columns are those tokens. candidate: who runs each part. Every query comes after the
+    prefixes, so those are attended without a causal mask, with the queries of the rows that share one stacked: a
+    prefix costs its bytes once for each entry instead of once for each row. Returns ``[B, H, Q, D]`` in q's dtype.
+    Raises ``ValueError`` for specs whose windows or lists would reach into a prefix, and for batches that the entries
+    do not divide.
+    """
+    if spec.window is not None or spec.index != "contiguous" or spec.mass or spec.positions:
+        raise ValueError(f"a shared prefix is read whole: no windows, lists, positions or mass; found {spec.key()}")
+    batch = q.shape[0]
+    own = build(replace(spec, lse=True), candidate)
+    shared = build(replace(spec, lse=True, causal=False, mask="none"), candidate)
+    parts: list[Part] = []
+    for level in levels:
+        if batch % level.entries:
+            raise ValueError(f"{level.entries} prefixes cannot be shared evenly by {batch} rows")
+        if level.tokens:
+            lens_of_level = torch.tensor([0, level.tokens, level.tokens])
+            stacked = _stacked(q, level.entries)
+            got = shared(stacked, None, None, level.keys, level.values, lens_of_level, None, None)
+            parts.append(Part(*got, batch // level.entries))
+    parts.append(Part(*own(q, k_new, v_new, k_buf, v_buf, lens, mask, None), 1))
+    return registry.merge(q.device.type)(parts, q)
+
+
+def _stacked(q: Tensor, entries: int) -> Tensor:
+    """Queries of the rows that share an entry one after another: ``[entries, H, B / entries * Q, D]``."""
+    batch, heads, n, dim = q.shape
+    rows = q.unflatten(0, (entries, batch // entries)).transpose(1, 2)
+    return rows[:, :, :, 0] if n == 1 else rows.reshape(entries, heads, batch // entries * n, dim)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention over some of the keys: out ``[B / share, H, share * Q, D]``, lse float32 without the last dimension."""
+
+    out: Tensor
+    lse: Tensor
+    share: int
+
+
+Merge = Callable[[Sequence[Part], Tensor], Tensor]
+
+
+def merge(parts: Sequence[Part], q: Tensor) -> Tensor:
+    """The reference of merging: attention like q over the keys of all parts; see ``reference.merge``."""
+    from .reference import merge as merge_parts
+
+    n = q.shape[2]
+
+    def spread(x: Tensor, share: int) -> Any:
+        return x.unflatten(2, (share, n)).transpose(1, 2).flatten(0, 1)
+
+    return merge_parts([(spread(part.out, part.share), spread(part.lse, part.share)) for part in parts])[0]
