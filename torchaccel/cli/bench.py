@@ -116,11 +116,34 @@ def attention(
     dtype: Dtype = "auto",
     cold: Cold = True,
     quiet: Quiet = False,
+    suite: Annotated[
+        str | None, typer.Option(help="cpu or gpu: every kind of attention on fixed sizes, each with its goal.")
+    ] = None,
 ) -> None:
     """The attention operator of one layer alone, with cold caches; the time is per call."""
+    if suite is not None:
+        _suite(suite, baselines, quiet, json_out, html)
     case = {"context": context, "batch": batch, "rounds": calls, "warmup": warmup, "phase": phase}
     setup = {"model": model, "device": device, "dtype": dtype, "cold": cold, "require_quiet": quiet}
     _bench("attention", case, setup, baselines, options, json_out, html)
+
+
+def _suite(name: str, baselines: str, quiet: bool, json_out: str | None, html: Path | None) -> None:
+    from ..evaluation.results import exit_code
+    from ..evaluation.suites.run import run_suite
+    from ..evaluation.suites.table import suite_table
+
+    with streams(json_out) as (stdout, console):
+        with usage_errors(console):
+            prepare_html(html)
+            wanted = [part.strip() for part in baselines.split(",") if part.strip()]
+            with interruptible(console, ""), progress_bar(console) as progress:
+                found = run_suite(name, ["torchaccel", *sys.argv[1:]], progress, baselines=wanted, quiet=quiet)
+        if json_out != "-":
+            show(found, suite_table(found), stdout)
+        deliver(found, json_out, stdout)
+        deliver_html([found], html)
+    raise typer.Exit(exit_code(found["results"]))
 
 
 def _bench(
