@@ -86,7 +86,7 @@ def build(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
     if module is None:
         raise ValueError(f"{candidate.implementation} has no kernel {kernel}")
     make = getattr(module, kernel)
-    return make(spec, **dict(candidate.config))  # type: ignore[no-any-return]
+    return make(spec, **dict(candidate.config))
 
 
 _MODULES = {

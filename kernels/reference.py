@@ -204,7 +204,7 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     weights = torch.exp(lses - torch.where(top == -torch.inf, torch.zeros_like(top), top))
     total = weights.sum(0)
     out = sum(w[..., None] * o.float() for w, (o, _) in zip(weights, parts, strict=True))
-    out = torch.where(total[..., None] == 0, torch.zeros_like(out), out / total[..., None])  # type: ignore[arg-type, operator]
+    out = torch.where(total[..., None] == 0, torch.zeros_like(out), out / total[..., None])
     return out.to(parts[0][0].dtype), torch.where(total == 0, -torch.inf, top + total.log())
 
 

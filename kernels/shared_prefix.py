@@ -65,9 +65,10 @@ def attend(
         if level.tokens:
             lens_of_level = torch.tensor([0, level.tokens, level.tokens])
             stacked = _stacked(q, level.entries)
-            got = shared(stacked, None, None, level.keys, level.values, lens_of_level, None, None)
-            parts.append(Part(*got, batch // level.entries))
-    parts.append(Part(*own(q, k_new, v_new, k_buf, v_buf, lens, mask, None), 1))
+            out, lse = shared(stacked, None, None, level.keys, level.values, lens_of_level, None, None)
+            parts.append(Part(out, lse, batch // level.entries))
+    out, lse = own(q, k_new, v_new, k_buf, v_buf, lens, mask, None)
+    parts.append(Part(out, lse, 1))
     return registry.merge(q.device.type)(parts, q)
 
 

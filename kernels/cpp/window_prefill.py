@@ -65,6 +65,8 @@ def source(spec: AttentionSpec) -> str:
         tile=gcd(TILE, spec.index_block) if spec.index == "blocks" else TILE,
         index_block=spec.index_block if spec.index == "blocks" else TILE,
         mass=spec.mass,
+        key={"bits": 0},
+        value={"bits": 0},
         **modifiers(spec),
     )
 

@@ -77,4 +77,4 @@ def test_errors() -> None:
         shared_prefix.attend(spec, Candidate("reference"), [level], *rest)
     with pytest.raises(ValueError, match="3 prefixes cannot be shared evenly by 4 rows"):
         shared_prefix.attend(replace(spec, window=None), Candidate("reference"), [level], *rest)
-    assert CPU == q.device
+    assert q.device == CPU

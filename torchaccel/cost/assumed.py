@@ -15,9 +15,16 @@ def assumed_facts(device: torch.device) -> DeviceFacts | None:
     """The table's facts for ``device``: of its instruction set for a CPU, of its name for a GPU; None if not there."""
     if device.type == "cpu":
         facts = device_facts(_instruction_set())
-        share = torch.get_num_threads() / facts.processors
+        threads = torch.get_num_threads()
+        share = threads / facts.processors
         rates = tuple((name, rate * share) for name, rate in facts.gflops)
-        return replace(facts, processors=torch.get_num_threads(), gflops=rates)
+        return replace(
+            facts,
+            processors=threads,
+            dram_gbs=min(facts.dram_gbs, threads * facts.processor_gbs),
+            cache_gbs=facts.cache_gbs * share,
+            gflops=rates,
+        )
     try:
         return device_facts(probe.device_name(device))
     except ValueError:

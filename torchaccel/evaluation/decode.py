@@ -133,6 +133,8 @@ def _finish(session: Session, arm: Arm, decoder: Decoder) -> None:
     case, result = session.case, arm.result
     assert result.ms is not None  # race() filled it in
     arm.describe(result.ms.median, phases=1)
+    predicted = session.predicted(arm)
+    result.predicted_ms = None if predicted is None else round(predicted.decode_ms, 4)
     if arm.applied is not None:
         result.density = density(case.context, arm.applied, decode=True)
         if session.work is not None:

@@ -7,11 +7,14 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 
+from ..cost.facts import DeviceFacts
+from ..cost.measure import measure
+from ..cost.predict import Cost, predict_model
 from ..cost.probe import ReadProbe
 from .arms import Arm
 from .case import Case
@@ -142,6 +145,22 @@ class Session:
         self._final.add(label)
         if self.on_result is not None:
             self.on_result([result for name, result in self._results.items() if name in self._final])
+
+    def predicted(self, arm: Arm) -> Cost | None:
+        """What the cost model says of a torchaccel variant; None for others and for methods it does not know."""
+        if arm.applied is None or not arm.variant.label.startswith("torchaccel:"):
+            return None
+        # The bandwidth of the moments in which the samples were taken, as for the floors.
+        facts = replace(self._device_facts, dram_gbs=self.machine.read_gbs)
+        sizes = {"batch": self.case.batch, "context": self.case.context}
+        try:
+            return predict_model(self.loaded.model, sizes, arm.applied, facts).asked
+        except ValueError:
+            return None
+
+    @cached_property
+    def _device_facts(self) -> DeviceFacts:
+        return measure(self.device)
 
     def race(self, arms: Mapping[str, Arm], calls: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
         """Time ``calls`` interleaved for ``case.rounds`` rounds and note median and ratios in the arms' results.

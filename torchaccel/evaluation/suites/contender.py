@@ -54,13 +54,15 @@ class Goal:
 class Scenario:
     """Contenders that are timed interleaved, and the goals that are judged by their medians.
 
-    ``goals`` gets the read bandwidth of the same moments, in GB/s.
+    ``goals`` gets the read bandwidth of the same moments, in GB/s. burst: calls in a row that make up one sample, as
+    the layers of a model do: data is cold in each of them, code in the first one only.
     """
 
     name: str
     contenders: Sequence[Contender]
     goals: Callable[[float], Sequence[Goal]]
     rounds: int
+    burst: int = 1
 
 
 def copies(nbytes: float, device: torch.device) -> int:

@@ -17,6 +17,7 @@ from .geometry import DTYPE, Geometry
 
 PAGE = 64
 SHARE = 16
+LAYERS = 12
 
 
 def scenario(g: Geometry, *, flex: bool) -> Scenario:
@@ -28,9 +29,8 @@ def scenario(g: Geometry, *, flex: bool) -> Scenario:
         for _ in range(copies(g.decode * token_bytes, g.device))
     ]
     flops = 4.0 * g.heads * g.decode * g.head_dim
-    truth = F.scaled_dot_product_attention(
-        q.float(), *(t.float() for t in contents[0]), scale=g.head_dim**-0.5, enable_gqa=True
-    )
+    k, v = (t.float() for t in contents[0])
+    truth = F.scaled_dot_product_attention(q.float(), k, v, scale=g.head_dim**-0.5, enable_gqa=True)
     found = [_stock("sdpa", F.scaled_dot_product_attention, g, q, contents)]
     if flex:
         from torch.nn.attention.flex_attention import flex_attention
@@ -42,7 +42,7 @@ def scenario(g: Geometry, *, flex: bool) -> Scenario:
     for contender in found:
         contender.flops = flops * (contender.density or 1.0)
         contender.error = _error(contender.calls[0](), truth)
-    return Scenario(f"decode {g.decode}", found, partial(_goals, found), 15)
+    return Scenario(f"decode {g.decode}", found, partial(_goals, found), 15, burst=LAYERS)
 
 
 def _goals(found: Sequence[Contender], read_gbs: float) -> list[Goal]:
