@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kv_format, registry
+from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, LinearSpec
@@ -23,6 +24,7 @@ _SCHEMAS = {
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
     "str plan) -> Tensor[]",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
+    "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
     "Tensor? channels, str spec) -> ()",
     "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str spec) -> Tensor",
@@ -44,6 +46,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
+        lib.impl("fused_rows", _fused_rows, key)
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
@@ -52,6 +55,7 @@ def library() -> torch.library.Library:
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
+    torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
     torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
     torch.library.register_fake("torchaccel::select_blocks", _select_blocks_fake, lib=lib)
     torch.library.register_fake("torchaccel::select_prompt_blocks", _select_prompt_blocks_fake, lib=lib)
@@ -63,6 +67,11 @@ def library() -> torch.library.Library:
 @lru_cache(maxsize=4096)
 def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
     return registry.linear(LinearSpec(dtype, rows, bias), device).run
+
+
+@lru_cache(maxsize=4096)
+def _fused_run(spec: str, device: str) -> Any:
+    return registry.fused(FusedSpec.from_key(spec), device).run
 
 
 @lru_cache(maxsize=4096)
@@ -141,6 +150,10 @@ def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
     return _linear_run(dtype, rows, bias, x.device.type)(x, weights, biases)
 
 
+def _fused_rows(inputs: list[Tensor], spec: str) -> list[Tensor]:
+    return _fused_run(spec, inputs[0].device.type)(inputs)
+
+
 def _summarise_keys(
     k_new: Tensor, summary: Tensor, sums: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
 ) -> None:
@@ -182,6 +195,10 @@ def _like_query(q: Tensor, *_: Any) -> Tensor:
 
 def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
+
+
+def _fused_fake(inputs: list[Tensor], spec: str) -> list[Tensor]:
+    return [inputs[0].new_empty(out.shape) for out in FusedSpec.from_key(spec).outputs]
 
 
 def _select_blocks_fake(

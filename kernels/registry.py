@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import kv_format, reference, selection_reference
+from . import fused_reference, kv_format, reference, selection_reference
 from .candidates import Candidate, build
+from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
@@ -39,6 +40,26 @@ def linear(spec: LinearSpec, device: str) -> Choice:
     else:
         reason = f"no generated kernels for device {device}"
     return Choice("reference", reference.linear, reason)
+
+
+@lru_cache(maxsize=1024)
+def fused(spec: FusedSpec, device: str) -> Choice:
+    """The implementation of a fused program over a few rows, compiled."""
+    reason = fused_problem(spec, device)
+    if reason is None:
+        from .cpp import fused as module
+
+        return Choice("cpp", module.fused(spec))
+    return Choice("reference", partial(fused_reference.fused, spec), reason)
+
+
+def fused_problem(spec: FusedSpec, device: str) -> str | None:
+    """Why a fused program would run on the reference, in one line; None when a kernel can be generated for it."""
+    if device != "cpu":
+        return f"no generated kernels for device {device}"
+    from .cpp import fused as module
+
+    return module.supports(spec)
 
 
 @lru_cache(maxsize=256)

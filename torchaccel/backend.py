@@ -17,6 +17,8 @@ from torchaccel.errors import CacheMissError, OptionsError
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
+from torchaccel.passes.fusion.fuse_rows import FuseRows
+from torchaccel.passes.fusion.plan import Rates
 from torchaccel.passes.lowering.attention import AttentionLowering, Lowered
 from torchaccel.passes.lowering.choice import Chooser
 from torchaccel.passes.lowering.linear import lower_linear
@@ -119,7 +121,11 @@ class Backend:
         record.phase = context.anatomy.phase
         lowered = AttentionLowering(context, inputs, self._chooser(options, device)).run()
         record.sites = lowered.sites
-        record.linear_layers = lower_linear(context.graph, device)
+        if options.fusion:
+            fusion = FuseRows(self._rates(options, device))
+            record.passes.append(manager.apply(fusion, context))
+            record.groups = fusion.groups
+        record.linear_layers = lower_linear(context.graph, device) + sum(group.linears for group in record.groups)
         # Last, because the kernels above take float16 as it is and compute in float32 themselves.
         upcast_half(context.graph)
         record.passes.append(_lowering_result(lowered.declines, [site.site for site in lowered.sites]))
@@ -133,6 +139,12 @@ class Backend:
         brought = self.deployment.bring(options.bundle, options.trust, device, strict=options.strict)
         facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
         return Chooser(device, facts, self.deployment.tuned(options.cache, brought, device))
+
+    def _rates(self, options: Options, device: torch.device) -> Rates:
+        facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
+        if facts is None:
+            return Rates()
+        return Rates(1e9 * facts.dram_gbs, 1e-6 * facts.launch_us, 1e-6 * facts.fork_us)
 
     def _compiler(self, mode: str | None) -> Callable[..., Any]:
         if self.execute_only:

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"kv_compression": "int8"},
 }
 EFFORTS = ("none", "quick", "full")
-SETTINGS = ("strict", "cache", "tune", "bundle", "trust")
+SETTINGS = ("strict", "fusion", "cache", "tune", "bundle", "trust")
 KEYS = ("preset", *FAMILIES, *SETTINGS)
 
 
@@ -32,6 +32,7 @@ class Options:
 
     strict: raise instead of declining. cache: the file of tuned timings, None for the default one. tune: effort spent
     on kernels that have no timings yet. bundle: what a deployment brings along; trust: also run the code in it.
+    fusion: whether few-row layers run in fused kernels.
     sources: option name -> "options", the environment variable, the file, or "preset:<name>".
     """
 
@@ -42,6 +43,7 @@ class Options:
     tune: Literal["none", "quick", "full"] = "none"
     bundle: Path | None = None
     trust: bool = False
+    fusion: bool = True
 
     def requested(self) -> dict[str, Any]:
         """The options as plain data: family -> {"method": name, every parameter that has a value}."""
@@ -50,7 +52,7 @@ class Options:
         }
         for key in SETTINGS:
             value = getattr(self, key)
-            if value not in (None, False, "none"):
+            if value not in (None, "none", key == "fusion"):  # the one switch that is on by default
                 found[key] = str(value) if isinstance(value, Path) else value
         return found
 
@@ -88,6 +90,7 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
         tune=tune,
         bundle=_path("bundle", given.get("bundle")),
         trust=_flag("trust", given.get("trust", False)),
+        fusion=_flag("fusion", given.get("fusion", True)),
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from typing import TypeGuard
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torchaccel.kernels import ops, registry
 from torchaccel.kernels.spec import DTYPES, LinearSpec, dtype_name
@@ -56,14 +58,17 @@ def _rows(node: Node) -> int:
 
 def _eligible(node: Node) -> bool:
     value = node.meta.get("example_value")
-    inputs = [n for n in (*node.args[1:2], _bias(node)) if n is not None]
-    if value is None or value.dtype not in DTYPES.values() or any(not _parameter(n) for n in inputs):
+    weight, bias = node.args[1], _bias(node)
+    if value is None or value.dtype not in DTYPES.values() or not stored_weight(weight, 2):
         return False
-    if any(not isinstance(size, int) for size in value.shape[:-1]):
+    if any(not isinstance(size, int) for size in value.shape[:-1]) or not (bias is None or stored_weight(bias, 1)):
         return False
-    weight = node.args[1].meta["example_value"]  # type: ignore[union-attr]
-    return 0 < _rows(node) <= MAX_ROWS and weight.is_contiguous() and weight.dtype == value.dtype
+    return 0 < _rows(node) <= MAX_ROWS and bool(weight.meta["example_value"].dtype == value.dtype)
 
 
-def _parameter(node: object) -> bool:
-    return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
+def stored_weight(node: object, rank: int) -> TypeGuard[Node]:
+    """Whether a node is a contiguous parameter or buffer of ``rank`` dimensions, there before the graph runs."""
+    if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
+        return False
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.dim() == rank and value.is_contiguous()
