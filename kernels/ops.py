@@ -14,15 +14,18 @@ from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, LinearSpec
 
+# Output, log-sum-exp, mass.
+Results = tuple[Tensor, Tensor, Tensor]
+
 _SCHEMAS = {
     "attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, Tensor? mask, "
     "Tensor(c!)? positions, str plan) -> Tensor",
     "attend_with": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
-    "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> Tensor[]",
+    "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> (Tensor, Tensor, Tensor)",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
-    "str plan) -> Tensor[]",
+    "str plan) -> (Tensor, Tensor, Tensor)",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
     "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
@@ -111,9 +114,10 @@ def _attend_with(
     index: Tensor | None,
     head_windows: Tensor | None,
     plan: str,
-) -> list[Tensor]:
+) -> Results:
     run = registry.attend(plan)
-    return _as_list(run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows))
+    results = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)
+    return _three(results, Plan.from_key(plan).spec)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:
@@ -136,12 +140,16 @@ def _attend_prompt_with(
     index: Tensor | None,
     head_windows: Tensor | None,
     plan: str,
-) -> list[Tensor]:
-    return _as_list(registry.attend_prompt(plan)(q, k, v, mask, index, head_windows))
+) -> Results:
+    return _three(registry.attend_prompt(plan)(q, k, v, mask, index, head_windows), Plan.from_key(plan).spec)
 
 
-def _as_list(results: Any) -> list[Tensor]:
-    return list(results) if isinstance(results, tuple) else [results]
+def _three(results: Any, spec: AttentionSpec) -> Results:
+    """Output, log-sum-exp and mass; empty what the spec does not ask for: an operator returns what it declares."""
+    out, *sides = results if isinstance(results, tuple) else (results,)
+    lse = sides.pop(0) if spec.lse else out.new_empty(0, dtype=torch.float32)
+    mass = sides.pop(0) if spec.mass else out.new_empty(0, dtype=torch.float32)
+    return out, lse, mass
 
 
 def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
@@ -171,22 +179,19 @@ def _select_prompt_blocks(q: Tensor, k: Tensor, first: Tensor | None, spec: str)
     return run(q, k, first)
 
 
-def _attend_with_fake(q: Tensor, k_new: Tensor, v_new: Tensor, k_buf: Tensor, *rest: Any) -> list[Tensor]:
+def _attend_with_fake(q: Tensor, k_new: Tensor, v_new: Tensor, k_buf: Tensor, *rest: Any) -> Results:
     spec = Plan.from_key(rest[-1]).spec
-    return _side_fakes(q, k_new.shape[1], kv_format.capacity(spec.key_format, k_buf), spec)
+    return _fakes(q, k_new.shape[1], kv_format.capacity(spec.key_format, k_buf), spec)
 
 
-def _attend_prompt_with_fake(q: Tensor, k: Tensor, *rest: Any) -> list[Tensor]:
-    return _side_fakes(q, k.shape[1], k.shape[2], Plan.from_key(rest[-1]).spec)
+def _attend_prompt_with_fake(q: Tensor, k: Tensor, *rest: Any) -> Results:
+    return _fakes(q, k.shape[1], k.shape[2], Plan.from_key(rest[-1]).spec)
 
 
-def _side_fakes(q: Tensor, kv_heads: int, slots: int, spec: AttentionSpec) -> list[Tensor]:
-    results = [_like_query(q)]
-    if spec.lse:
-        results.append(q.new_empty(q.shape[:3], dtype=torch.float32))
-    if spec.mass:
-        results.append(q.new_empty((q.shape[0], kv_heads, slots), dtype=torch.float32))
-    return results
+def _fakes(q: Tensor, kv_heads: int, slots: int, spec: AttentionSpec) -> Results:
+    lse = q.new_empty(q.shape[:3] if spec.lse else (0,), dtype=torch.float32)
+    mass = q.new_empty((q.shape[0], kv_heads, slots) if spec.mass else (0,), dtype=torch.float32)
+    return _like_query(q), lse, mass
 
 
 def _like_query(q: Tensor, *_: Any) -> Tensor:
