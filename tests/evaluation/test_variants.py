@@ -27,6 +27,11 @@ def test_the_same_methods_with_other_parameters_get_a_number() -> None:
     assert [v.label for v in torchaccel_variants(windows)] == ["torchaccel:streaming_llm", "torchaccel:streaming_llm#2"]
 
 
+def test_a_run_without_fusion_is_a_variant_of_its_own() -> None:
+    labels = [v.label for v in torchaccel_variants([{}, {"fusion": True}, {"fusion": False}])]
+    assert labels == ["torchaccel:exact", "torchaccel:exact unfused"]
+
+
 @pytest.mark.parametrize(
     ("case", "labels"),
     [

@@ -38,9 +38,9 @@ def torchaccel_variants(options: Iterable[Mapping[str, Any]]) -> list[Variant]:
     """One torchaccel variant for each set of options, labelled by its methods; repeated sets are dropped."""
     variants: list[Variant] = []
     for given in options:
-        if any(requested(given) == requested(known.options) for known in variants):
+        if any(_what_runs(given) == _what_runs(known.options) for known in variants):
             continue
-        label = f"torchaccel:{method_label(given)}"
+        label = f"torchaccel:{method_label(given)}{'' if resolve(given).fusion else ' unfused'}"
         same = sum(known.label.split("#")[0] == label for known in variants)
         variants.append(Variant(f"{label}#{same + 1}" if same else label, "torchaccel", dict(given)))
     return variants
@@ -58,3 +58,7 @@ def requested(options: Mapping[str, Any]) -> dict[str, Any]:
 def method_label(options: Mapping[str, Any]) -> str:
     """The names of the methods in ``options`` joined by "+", or "exact"."""
     return "+".join(method["method"] for method in requested(options).values()) or "exact"
+
+
+def _what_runs(options: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    return requested(options), resolve(options).fusion
