@@ -37,13 +37,19 @@ def test_ctrl_c_leaves_a_valid_document(tmp_path: Path) -> None:
     folder, path = save_tiny_model(tmp_path / "model"), tmp_path / "found.json"
     arguments = ["bench", "decode", "--model", str(folder), "--context", "8", "--steps", "100000", "--warmup", "0"]
     arguments += ["--baselines", "kvpress:snapkv,eager", "--options", '{"preset": "exact"}', "--device", "cpu"]
-    command = [sys.executable, "-c", "from torchaccel.cli.app import app; app()", *arguments, "--json", str(path)]
+    # Whoever runs the tests in the background lets their children ignore Ctrl-C.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from torchaccel.cli.app import app; app()"
+    command = [sys.executable, "-c", code, *arguments, "--json", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-        deadline = time.monotonic() + 240
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        running.send_signal(signal.SIGINT)
-        _, told = running.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 240
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            running.send_signal(signal.SIGINT)
+            _, told = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130, told
     assert "interrupted" in told
     check_document(json.loads(path.read_text()))
