@@ -11,7 +11,7 @@ from tests.evaluation.schema import check_document
 from torchaccel.evaluation.suites.run import Suite, run_suite
 from torchaccel.evaluation.suites.table import suite_table
 
-TINY = Suite("cpu", decode=1024, prefill=512, prefix=256)
+TINY = Suite("cpu", decode=4096, prefill=512, prefix=256)
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +23,17 @@ def test_every_scenario_is_in_the_document(found: dict[str, Any]) -> None:
     check_document(found)
     assert found["case"]["suite"] == "cpu"
     variants = {result["variant"] for result in found["results"]}
-    assert {"sdpa@decode 1024", "torchaccel:int4@decode 1024", "torchaccel:pages@decode 1024"} <= variants
+    assert {"sdpa@decode 4096", "torchaccel:int4@decode 4096", "torchaccel:pages@decode 4096"} <= variants
     assert {"torchaccel:blocks@prefill 512", "torchaccel:shared@shared prefix 256 x 16, group 3"} <= variants
     assert all(result["status"] == "ok" and result["ms"]["median"] > 0 for result in found["results"])
 
 
 def test_exact_kernels_are_as_close_to_float32_as_stock_ones(found: dict[str, Any]) -> None:
     errors = {r["variant"]: r["fidelity"]["max_abs_err_vs_fp32"] for r in found["results"]}
-    for scenario in ("decode 1024", "prefill 512"):
+    for scenario in ("decode 4096", "prefill 512"):
         assert errors[f"torchaccel:exact@{scenario}"] <= 2 * errors[f"sdpa@{scenario}"]
     # Random content has no structure: fewer bits, and fewer keys, cost more each.
-    ordered = [errors[f"torchaccel:{kind}@decode 1024"] for kind in ("exact", "int8", "int4", "int2")]
+    ordered = [errors[f"torchaccel:{kind}@decode 4096"] for kind in ("exact", "int8", "int4", "int2")]
     assert ordered == sorted(ordered)
 
 

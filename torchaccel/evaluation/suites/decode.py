@@ -85,7 +85,7 @@ def _sparse(g: Geometry, q: Tensor, contents: Sequence[tuple[Tensor, Tensor]]) -
     """Quest's pages of 64: summaries of the new key, scores, choice and attention are all in the call."""
     spec = g.spec("decode", index="blocks", index_block=PAGE)
     summary_spec = SummarySpec("minmax", g.head_dim, DTYPE, DTYPE, PAGE)
-    width = g.decode // PAGE // SHARE
+    width = max(2, g.decode // PAGE // SHARE)  # the first and the last page always
     chosen = SelectionSpec(summary_spec, g.group, DTYPE, width, sinks=1, recent=1)
     run = g.seed(spec)
     summarise = registry.summarise(summary_spec, g.device.type).run
