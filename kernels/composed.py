@@ -36,15 +36,14 @@ def decode_attention(
     v = kv_format.read(spec.value_format, v_buf, start, end + n, end + n)
     queries = torch.arange(logical, logical + n, device=q.device)
     if positions is None:
-        columns = torch.arange(k.shape[2], device=q.device).expand(q.shape[0], -1)
+        columns = torch.arange(k.shape[2], device=q.device).expand(q.shape[0], 1, -1)
     else:
-        positions[:, end : end + n] = queries.to(positions.dtype)
-        columns = positions[:, start : end + n].long()
+        positions[..., end : end + n] = queries.to(positions.dtype)
+        columns = positions[..., start : end + n].long()
     # Before the mask is brought into slot order: sinks are counted in its columns.
     seen = reference.visible(spec, columns, queries, mask)
     if positions is not None and mask is not None:
-        wide = columns[:, None, None, :].expand(-1, mask.shape[1], n, -1)
-        mask = mask.expand(q.shape[0], -1, -1, -1).gather(3, wide)
+        mask = reference.by_column(mask, columns, spec.group)
     mask = _combine(mask, seen, q.dtype)
     # The operator promises a contiguous result; sdpa's has the layout its kernel liked.
     return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
@@ -63,7 +62,7 @@ def prefill_attention(
     if _beyond_sdpa(spec):
         return reference.prefill_attention(spec, q, k, v, mask, index, head_windows)
     columns = torch.arange(k.shape[2], device=q.device)
-    mask = _combine(mask, reference.visible(spec, columns.expand(q.shape[0], -1), columns, mask), q.dtype)
+    mask = _combine(mask, reference.visible(spec, columns.expand(q.shape[0], 1, -1), columns, mask), q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
 
 

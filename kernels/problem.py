@@ -53,7 +53,7 @@ def results(spec: Spec, returned: Any, args: tuple[Any, ...]) -> list[Tensor]:
             if fmt.kind != "empty":
                 found.append(kv_format.read(fmt, buf, 0, end, end))
         if positions is not None:
-            found.append(positions[:, :end])
+            found.append(positions[..., :end])
     return found
 
 
@@ -143,7 +143,7 @@ def _decode(
         gap, kept = 17, min(4, filled)
         logical = filled + gap
         slots = torch.arange(kv_format.capacity(spec.key_format, buffers[0]), device=device, dtype=torch.int32)
-        positions = torch.where(slots < kept, slots, slots + gap).expand(batch, -1).contiguous()
+        positions = torch.where(slots < kept, slots, slots + gap).expand(batch, heads, -1).contiguous()
     lens = torch.tensor([0, filled, logical])
     mask = _mask(spec, batch, new, logical + new, generator)
     args: tuple[Any, ...] = (q, *fresh, *buffers, lens, mask, positions)

@@ -16,13 +16,13 @@ def visible(
 ) -> Tensor | None:
     """Which keys each query may see by position and window: bool ``[B, 1 | H, Q, K]``, or None when all may.
 
-    columns: int64 ``[B, K]``, logical column of each key. queries: int64 ``[Q]``, logical column of each query.
-    mask: the kernel's mask ``[B | 1, H | 1, Q, columns]`` (only used to find a row's first unmasked column).
+    columns: int64 ``[B, 1 | H_kv, K]``, logical column of each key. queries: int64 ``[Q]``, that of each query. mask:
+    the kernel's mask ``[B | 1, H | 1, Q, columns]`` (only used to find a row's first unmasked column).
     head_windows: int32 ``[H_kv]``, nonzero for heads bound by window and sinks; None binds all.
     """
     if not spec.causal and spec.window is None:
         return None
-    c, t = columns[:, None, None, :], queries[None, None, :, None]
+    c, t = per_head(columns, spec.group)[:, :, None, :], queries[None, None, :, None]
     seen = c <= t if spec.causal else torch.ones_like(c <= t)
     if spec.window is not None:
         first = first_column(mask, columns.device)[:, None, None, None]
@@ -32,6 +32,18 @@ def visible(
             near = near | free[None, :, None, None]
         seen = seen & near
     return seen
+
+
+def per_head(columns: Tensor, group: int) -> Tensor:
+    """Columns ``[B, 1 | H_kv, K]`` as ``[B, 1 | H, K]``."""
+    return columns if columns.shape[1] == 1 else columns.repeat_interleave(group, 1)
+
+
+def by_column(mask: Tensor, columns: Tensor, group: int) -> Tensor:
+    """The mask ``[B | 1, H | 1, Q, columns]`` for each key: ``[B, 1 | H, Q, K]``; columns as in ``visible``."""
+    columns = per_head(columns, group)[:, :, None]
+    rows, heads = columns.shape[0], max(columns.shape[1], mask.shape[1])
+    return mask.expand(rows, heads, -1, -1).gather(3, columns.expand(rows, heads, mask.shape[2], -1))
 
 
 def first_column(mask: Tensor | None, device: torch.device) -> Tensor:
@@ -83,15 +95,14 @@ def attend(
     chosen: bool ``[B, H_kv, K]`` or ``[B, H, Q, K]``, the keys that are read. Rows that see no key give zeros and a
     log-sum-exp of minus infinity. Other arguments: see ``visible``.
     """
-    b, heads, n, _ = q.shape
+    heads = q.shape[1]
     qf = q.float().unflatten(1, (heads // spec.group, spec.group))
     scores = torch.einsum("bhgqd,bhkd->bhgqk", qf, k.float()).flatten(1, 2) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     seen = visible(spec, columns, queries, mask, head_windows)
     if mask is not None:
-        wide = columns[:, None, None, :].expand(b, mask.shape[1], n, columns.shape[1])
-        part = mask.expand(b, -1, -1, -1).gather(3, wide)
+        part = by_column(mask, columns, spec.group)
         scores = scores.masked_fill(~part, -torch.inf) if mask.dtype == torch.bool else scores + part.float()
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -128,11 +139,11 @@ def decode_attention(
     ``lens[1]`` are attended as they are (a static cache, whose mask decides). k_buf, v_buf: of the spec's formats.
     lens: int64 ``[3]`` on the CPU: first live slot, end of the filled slots, logical length, all before the append.
     mask: ``[B | 1, H | 1, Q, columns]``, bool or additive, any strides; columns is ``logical + Q`` after an append.
-    positions: int32 ``[B, C]``, column of each slot, updated in place; without it slot s is column ``s - start`` and
-    the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``. head_windows: int32
-    ``[H_kv]``. Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and
-    float32 ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for
-    slots that are not filled or not read) behind it.
+    positions: int32 ``[B, 1 | H_kv, C]``, column of each slot, updated in place; without it slot s is column
+    ``s - start`` and the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``.
+    head_windows: int32 ``[H_kv]``. Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32
+    ``[B, H, Q]`` and float32 ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the
+    queries; 0 for slots that are not filled or not read) behind it.
     """
     start, end, logical = (int(x) for x in lens)
     n = q.shape[2]
@@ -142,13 +153,13 @@ def decode_attention(
         kv_format.append(spec.key_format, k_buf, end, k_new)
         kv_format.append(spec.value_format, v_buf, end, v_new)
         if positions is not None:
-            positions[:, end : end + n] = queries.to(positions.dtype)
+            positions[..., end : end + n] = queries.to(positions.dtype)
         end += n
         fresh = n
     if positions is None:
-        columns = torch.arange(end - start, device=q.device).expand(q.shape[0], -1)
+        columns = torch.arange(end - start, device=q.device).expand(q.shape[0], 1, -1)
     else:
-        columns = positions[:, start:end].long()
+        columns = positions[..., start:end].long()
     k = kv_format.read(spec.key_format, k_buf, start, end, end)
     v = kv_format.read(spec.value_format, v_buf, start, end, end)
     chosen = None
@@ -180,7 +191,7 @@ def prefill_attention(
         assert index is not None
         chosen = torch.stack([listed(spec, part, tokens, 0) for part in index.unbind(2)], 2)
         chosen = chosen.repeat_interleave(spec.index_block, 2)[:, :, :tokens]
-    got = attend(spec, q, k, v, columns.expand(q.shape[0], -1), columns, mask, head_windows, chosen)
+    got = attend(spec, q, k, v, columns.expand(q.shape[0], 1, -1), columns, mask, head_windows, chosen)
     return _results(spec, got, tokens, 0)
 
 

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.fx import Graph, Node
+from torchaccel.kernels.spec import KVFormat
 
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
+from torchaccel.runtime.eviction import Eviction
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -43,6 +45,7 @@ class Reason(Enum):
     TOO_FEW_LAYERS = "the model has too few layers for this setting"
     NO_LAYERS = "no residual layers were found in the graph"
     OPAQUE_SEQUENCE = "the sequence dimension could not be followed through the graph"
+    PLAIN_CACHE = "the cache was made without this method, so nothing is known of its tokens"
     KERNEL_UNSUPPORTED = "no generated kernel supports it"
     SHARED_CACHE = "the cached keys or values have other readers in the graph"
     UNEQUAL_HEAD_DIMS = "keys and values have different head dimensions"
@@ -50,6 +53,7 @@ class Reason(Enum):
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
+    SLOWER = "the cost model predicts no length at which it is faster than the exact site; gate=False keeps it"
     OUT_OF_FUEL = "TORCHACCEL_FUEL is used up"
 
 
@@ -87,13 +91,15 @@ class MethodOptions(BaseModel):
 class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
-    keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in
-    later phases, so nothing of its cache is stored.
+    formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. keep: node int64
+    ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
+    nothing of its cache is stored.
     """
 
     window: int | None = None
     sinks: int = 0
-    format: Literal["dense", "int8"] = "dense"
+    formats: tuple[KVFormat, KVFormat] | None = None
+    eviction: Eviction | None = None
     keep: Node | None = None
     dropped: bool = False
 

@@ -49,7 +49,7 @@ class LayerwiseMethod(Method):
             if decline is not None:
                 declines.append(decline)
             elif context.fuel.take():
-                self.treat(context.plan(site))
+                self.treat(context.plan(site), site)
                 done.append(site.name)
         return self.result(done, declines)
 
@@ -57,6 +57,6 @@ class LayerwiseMethod(Method):
         """Why ``site`` must stay as it is, or None when it can be treated."""
         raise NotImplementedError
 
-    def treat(self, plan: SitePlan) -> None:
-        """Note in ``plan`` what becomes of its site."""
+    def treat(self, plan: SitePlan, site: AttentionSite) -> None:
+        """Note in ``plan`` what becomes of ``site``."""
         raise NotImplementedError

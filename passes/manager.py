@@ -7,6 +7,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,4 +101,4 @@ class PassManager:
 
 
 def _plan_values(plans: dict[int, SitePlan]) -> dict[int, SitePlan]:
-    return {index: SitePlan(p.window, p.sinks, p.format, p.keep, p.dropped) for index, p in plans.items()}
+    return {index: replace(p) for index, p in plans.items()}

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchaccel.cost.assumed import assumed_facts
-from torchaccel.errors import CacheMissError, OptionsError
+from torchaccel.errors import CacheMissError, DeclinedError, OptionsError
 from torchaccel.options import Options, resolve
-from torchaccel.passes.base import Decline, Fidelity, PassResult, Status
+from torchaccel.passes.base import Decline, Fidelity, PassResult, Reason, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
 from torchaccel.passes.fusion.fuse_rows import FuseRows
 from torchaccel.passes.fusion.plan import Rates
@@ -119,8 +119,9 @@ class Backend:
         label = f"graph{self.graphs_received:02d}"
         context, record.passes = manager.run(module, device, label)
         record.phase = context.anatomy.phase
-        lowered = AttentionLowering(context, inputs, self._chooser(options, device)).run()
+        lowered = AttentionLowering(context, inputs, self._chooser(options, device), gate=options.gate).run()
         record.sites = lowered.sites
+        _speak_of(lowered.declines, options.strict)
         if options.fusion:
             fusion = FuseRows(self._rates(options, device))
             record.passes.append(manager.apply(fusion, context))
@@ -196,6 +197,17 @@ def _dense_examples(gm: GraphModule, inputs: list[Any]) -> list[Any]:
 
 def _device(inputs: list[Any]) -> torch.device:
     return next((t.device for t in inputs if isinstance(t, Tensor) and t.dim() > 0), torch.device("cpu"))
+
+
+def _speak_of(declines: list[Decline], strict: bool) -> None:
+    """Say that what was asked for is not done for reasons that only lowering knows."""
+    refused = [decline for decline in declines if decline.reason in (Reason.SLOWER, Reason.PLAIN_CACHE)]
+    if not refused:
+        return
+    message = f"torchaccel left {len(refused)} site(s) exact; {refused[0]}"
+    if strict:
+        raise DeclinedError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def _lowering_result(declines: list[Decline], sites: list[str]) -> PassResult:

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"kv_compression": "int8"},
 }
 EFFORTS = ("none", "quick", "full")
-SETTINGS = ("strict", "fusion", "cache", "tune", "bundle", "trust")
+SETTINGS = ("strict", "fusion", "gate", "cache", "tune", "bundle", "trust")
 KEYS = ("preset", *FAMILIES, *SETTINGS)
 
 
@@ -32,7 +32,7 @@ class Options:
 
     strict: raise instead of declining. cache: the file of tuned timings, None for the default one. tune: effort spent
     on kernels that have no timings yet. bundle: what a deployment brings along; trust: also run the code in it.
-    fusion: whether few-row layers run in fused kernels.
+    fusion: whether few-row layers run in fused kernels. gate: whether lossy sites that would be slower are declined.
     sources: option name -> "options", the environment variable, the file, or "preset:<name>".
     """
 
@@ -44,15 +44,18 @@ class Options:
     bundle: Path | None = None
     trust: bool = False
     fusion: bool = True
+    gate: bool = True
 
     def requested(self) -> dict[str, Any]:
-        """The options as plain data: family -> {"method": name, every parameter that has a value}."""
-        found: dict[str, Any] = {
-            m.family: {"method": m.name, **m.options.model_dump(exclude_none=True)} for m in self.methods
-        }
+        """The options as plain data: family -> {"method": name, every parameter with a value}, or a list of those."""
+        found: dict[str, Any] = {}
+        for method in self.methods:
+            asked = {"method": method.name, **method.options.model_dump(exclude_none=True)}
+            before = found.get(method.family)
+            found[method.family] = asked if before is None else [*_listed(before), asked]
         for key in SETTINGS:
             value = getattr(self, key)
-            if value not in (None, "none", key == "fusion"):  # the one switch that is on by default
+            if value not in (None, "none", key in ("fusion", "gate")):  # the two switches that are on by default
                 found[key] = str(value) if isinstance(value, Path) else value
         return found
 
@@ -75,8 +78,9 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
     methods = []
     for family in FAMILIES:
         value, where_from = values.get(family, (None, ""))
-        if value not in (None, False, "none"):
-            methods.append(_method(family, value, where_from))
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one not in (None, False, "none"):
+                methods.append(_method(family, one, where_from))
     sources = {key: where_from for key, (_, where_from) in values.items()}
     given = {key: value for key, (value, _) in values.items()}
     tune = given.get("tune", "none")
@@ -91,7 +95,12 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
         bundle=_path("bundle", given.get("bundle")),
         trust=_flag("trust", given.get("trust", False)),
         fusion=_flag("fusion", given.get("fusion", True)),
+        gate=_flag("gate", given.get("gate", True)),
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _from_call(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any]:

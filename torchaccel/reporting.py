@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchaccel.methods import FAMILIES
 from torchaccel.passes.base import Fidelity, PassResult, Status
 from torchaccel.passes.fusion.fuse_rows import FusedGroup
 from torchaccel.passes.lowering.attention import LoweredSite
@@ -140,9 +141,16 @@ class Report:
     def _requested_table(self) -> Table:
         table = Table("option", "requested", "from", "effective", title="requested and effective")
         last = self.records[-1]
-        for key, value in self.requested.items():
-            name = value.get("method", value) if isinstance(value, dict) else value
-            done = self.effective.get(name)
+        asked = [
+            (key, one)
+            for key, value in self.requested.items()
+            for one in (value if isinstance(value, list) else [value])
+        ]
+        for key, value in asked:
+            if key not in FAMILIES:
+                table.add_row(key, str(value), last.sources.get(key, "default"), str(value))
+                continue
+            done = self.effective.get(value["method"])
             shown = "not applied" if done is None else ", ".join(f"{phase}: {n} sites" for phase, n in done.items())
             table.add_row(key, str(value), last.sources.get(key, "default"), shown)
         if not self.requested:

@@ -31,7 +31,7 @@ FIELDS = (
     "k, k_b, k_h, k_t",
     "v, v_b, v_h, v_t",
     "mask, mask_b, mask_h, mask_q, mask_c, mask_b_size, mask_h_size, columns, mask_kind",
-    "positions, positions_b",
+    "positions, positions_b, positions_h",
     "out, lens, B, HKV, Q, capacity",
     "index, index_b, index_h, index_n",
     "head_windows, lse, mass",
@@ -214,16 +214,22 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
             if spec.mass:
                 results.append(empty((batch, heads // group, capacity), dtype=torch.float32))
                 extra = (*extra[:6], results[-1].data_ptr())
+        place = (0, 0, 0) if positions is None else (positions.data_ptr(), positions.stride(0), head_stride(positions))
         kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
             k_buf.data_ptr(), k_b, k_h, k_t, v_buf.data_ptr(), v_b, v_h, v_t, *mask_args,
-            0 if positions is None else positions.data_ptr(), 0 if positions is None else positions.stride(0),
+            *place,
             out.data_ptr(), lens.data_ptr(), batch, heads // group, n, capacity, *extra,
         )  # fmt: skip
         return (out, *results) if sides else out
 
     return call
+
+
+def head_stride(positions: Tensor) -> int:
+    """Elements from one KV head's positions to the next's; 0 where the heads share them."""
+    return positions.stride(1) if positions.shape[1] > 1 else 0
 
 
 def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -24,7 +24,7 @@ FIELDS = (
     "k, k_b, k_h, k_t, k_d",
     "v, v_b, v_h, v_t, v_d",
     "mask, mask_b, mask_h, mask_q, mask_c, mask_b_size, mask_h_size, columns, mask_kind",
-    "positions, positions_b",
+    "positions, positions_b, positions_h",
     "out, B, HKV, Q",
     "index, index_n",
     "head_windows, lse, mass",
@@ -119,7 +119,7 @@ def prefill_attention(spec: AttentionSpec) -> Prefill:
         if n:
             kernel(
                 q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), *mask_args,
-                0, 0, out.data_ptr(), batch, heads // group, n, lists, width,
+                0, 0, 0, out.data_ptr(), batch, heads // group, n, lists, width,
                 *(0 if t is None else t.data_ptr() for t in (head_windows, lse, mass)),
             )  # fmt: skip
         results = [t for t, asked in ((lse, spec.lse), (mass, spec.mass)) if asked]

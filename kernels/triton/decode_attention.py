@@ -158,8 +158,8 @@ class DecodeAttention:
         or both None: the buffers already hold the tokens in slots ``start .. end`` (a static cache) and stay as they
         are. k_buf, v_buf: buffers of the spec's formats, slots contiguous. lens: int64 ``[3]`` on the CPU: first live
         slot, end of the filled slots, logical length, before the append. mask: ``[B | 1, H | 1, Q, columns]``, any
-        strides. positions: int32 ``[B, C]``, updated in place. index: int32 ``[B, H_kv, N]``. head_windows: int32
-        ``[H_kv]``.
+        strides. positions: int32 ``[B, 1 | H_kv, C]``, updated in place. index: int32 ``[B, H_kv, N]``.
+        head_windows: int32 ``[H_kv]``.
         Returns ``[B, H, Q, D]``, contiguous, in q's dtype (rows that see no key are zero), and behind it what the spec
         asks for: log-sum-exp, float32 ``[B, H, Q]``, and mass, float32 ``[B, H_kv, C]``.
         """
@@ -177,7 +177,7 @@ class DecodeAttention:
                 kv_format.append(spec.key_format, k_buf, end, k_new)
                 kv_format.append(spec.value_format, v_buf, end, v_new)
                 if positions is not None:
-                    positions[:, end : end + n] = torch.arange(logical, logical + n, device=positions.device)
+                    positions[..., end : end + n] = torch.arange(logical, logical + n, device=positions.device)
                 call = replace(call, end=end + n)
             return self._in_parts(q, call)
         fresh: dict[str, Any] = {}
@@ -296,7 +296,8 @@ class DecodeAttention:
             values |= zip(("mask_b", "mask_h", "mask_q", "mask_c"), mask_strides(call.mask), strict=True)
             values["mask_columns"] = call.mask.shape[3]
         if call.positions is not None:
-            values |= {"positions": call.positions, "positions_b": call.positions.stride(0)}
+            heads = call.positions.stride(1) if call.positions.shape[1] > 1 else 0
+            values |= {"positions": call.positions, "positions_b": call.positions.stride(0), "positions_h": heads}
         if call.index is not None:
             index = call.index if call.index.stride(2) == 1 else call.index.contiguous()
             values |= {"index": index, "index_b": index.stride(0), "index_h": index.stride(1)}

@@ -73,7 +73,7 @@ def _selection(spec: AttentionSpec, append: bool) -> list[str]:
         if spec.sinks and spec.window is not None:
             names += ["mask_columns"]
     if spec.positions:
-        names += ["positions", "positions_b"]
+        names += ["positions", "positions_b", "positions_h"]
     if spec.index != "contiguous":
         names += ["index", "index_b", "index_h", "entries"] + ([] if append else ["since"])
     if spec.head_windows and spec.window is not None:
@@ -85,7 +85,7 @@ def completion_parameters(spec: AttentionSpec) -> list[str]:
     """Run-time parameters of the generated ``complete_block``, in order."""
     names = ["k_buf", "v_buf", "end", "logical", "k_b", "k_h", "v_b", "v_h"]
     names += ["k_new", "v_new", "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"]
-    return names + (["positions", "positions_b"] if spec.positions else [])
+    return names + (["positions", "positions_b", "positions_h"] if spec.positions else [])
 
 
 def _scalars(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,11 @@ from torchaccel.runtime.storage import Layout
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from ..dead_code import remove_dead_code
 from .choice import Chooser
+from .gate import Gate, Judgement
+from .prompt_outputs import prompt_outputs
+
+# The place of the mass among the results of the operators that have side results.
+MASS = 2
 
 
 @dataclass
@@ -30,7 +36,8 @@ class LoweredSite:
     """What became of one attention site: the kernel that runs it and the layouts of its cache.
 
     switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
-    predicted_ms: of one call, with as many tokens stored as when the graph was compiled.
+    predicted_ms: of one call, with as many tokens stored as when the graph was compiled. gate: what the cost model
+    predicts of the lossy site against the exact one, in one line.
     """
 
     site: str
@@ -40,6 +47,7 @@ class LoweredSite:
     sinks: int = 0
     switches: tuple[tuple[int | None, str], ...] = ()
     predicted_ms: float | None = None
+    gate: str = ""
 
 
 @dataclass
@@ -55,10 +63,13 @@ class Lowered:
 class AttentionLowering:
     """Lowers every site of one graph; a site that cannot be lowered stays canonical and exact."""
 
-    def __init__(self, context: RewriteContext, example_inputs: list[Any], chooser: Chooser | None = None):
-        """chooser: which candidates the kernels are; by default every kernel's seed."""
+    def __init__(
+        self, context: RewriteContext, example_inputs: list[Any], chooser: Chooser | None = None, *, gate: bool = True
+    ):
+        """chooser: which candidates the kernels are; by default every kernel's seed. gate: decline what is slower."""
         self.context = context
         self.chooser = chooser or Chooser(context.device)
+        self.gate = Gate(self.chooser, self._spec, gate)
         self.graph: Graph = context.graph
         self.examples = example_inputs
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -78,14 +89,16 @@ class AttentionLowering:
         ops.library()
         phase = self.context.anatomy.phase
         for site in self.context.anatomy.attentions:
-            plan = self.context.plan(site)
             kind = site.key_cache.kind
             problem = self._problem(site)
             if kind in ("cross", "unknown"):
                 continue
             if problem is not None:
                 self.declines.append(problem)
-            elif kind == "none":
+                continue
+            judged = self._judge(site, self.context.plan(site))
+            plan, before = judged.plan, len(self.sites)
+            if kind == "none":
                 self._lower_prompt(site, plan)
             elif kind == "static":
                 self._lower_static(site, plan)
@@ -93,7 +106,17 @@ class AttentionLowering:
                 self._lower_prefill(site, plan)
             elif phase in ("decode", "extend"):
                 self._lower_append(site, plan)
+            for lowered in self.sites[before:]:
+                lowered.gate = judged.text
         return self._finish()
+
+    def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
+        if plan.formats is None and plan.window is None:
+            return Judgement(plan, (), "")
+        batch = _size(_fake(site.q).shape[0])
+        judged = self.gate.judge(site, plan, self.context.anatomy.phase, batch, len(self.context.anatomy.attentions))
+        self.declines += judged.declines
+        return judged
 
     def _problem(self, site: AttentionSite) -> Decline | None:
         if site.dtype not in DTYPES.values():
@@ -130,13 +153,10 @@ class AttentionLowering:
         )
 
     def _layouts(self, site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
-        kind: Any = "empty" if plan.dropped else plan.format
-        dtype, dim = dtype_name(site.dtype), site.head_dim
-        positions = plan.keep is not None and not plan.dropped
-        return (
-            Layout(KVFormat(kind, dtype, dim, "channel" if kind == "int8" else "token"), positions),
-            Layout(KVFormat(kind, dtype, dim, "token", packing="token"), positions),
-        )
+        plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
+        keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
+        pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
+        return Layout(keys, pruned, pruned, plan.eviction), Layout(values, False, pruned, plan.eviction)
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
         if _hint(_fake(site.q).shape[2]) != 1 or site.mask is None:
@@ -151,23 +171,33 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_static.default, args)
         self._note(site, choice, shape, "static", plan)
 
-    def _lower_prompt(self, site: AttentionSite, plan: SitePlan) -> None:
-        """Attention of a prompt over itself: the generated kernel where it wins, stock sdpa elsewhere."""
+    def _lower_prompt(self, site: AttentionSite, plan: SitePlan) -> Node | None:
+        """Attention of a prompt over itself: the generated kernel where it wins, stock sdpa elsewhere.
+
+        Returns the attention that every token received, where the plan's policy wants it.
+        """
         device = self.context.device.type
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
-        spec = self._spec(site, plan, "prefill", dense, dense)
+        mass = plan.eviction is not None and plan.eviction.prompt_mass
+        spec = replace(self._spec(site, plan, "prefill", dense, dense), mass=mass)
         # Dense prompts from 128 tokens on: ours is 1.7-5.7x stock sdpa on the CPU; on a GPU stock flash kernels win.
-        if plan.window is None and (device != "cpu" or unsupported(spec, device) is not None):
+        if plan.window is None and not mass and (device != "cpu" or unsupported(spec, device) is not None):
             self.sites.append(LoweredSite(site.name, "stock sdpa", "none"))
-            return
+            return None
         shape = self._shape(site, _size(_fake(site.k).shape[2]))
         choice = self.chooser.plan(spec, shape)
-        args = (site.q, site.k, site.v, site.mask, choice.key())
-        self._replace(site, torch.ops.torchaccel.attend_prompt.default, args)
+        args = (site.q, site.k, site.v, site.mask)
+        if mass:
+            received = self._replace(
+                site, torch.ops.torchaccel.attend_prompt_with.default, (*args, None, None, choice.key()), MASS
+            )
+        else:
+            received = self._replace(site, torch.ops.torchaccel.attend_prompt.default, (*args, choice.key()))
         self._note(site, choice, shape, "none", plan)
+        return received
 
     def _lower_prefill(self, site: AttentionSite, plan: SitePlan) -> None:
-        self._lower_prompt(site, plan)
+        mass = self._lower_prompt(site, plan)
         stored = site.key_cache.stored, site.value_cache.stored
         if stored[0] is None or stored[1] is None:
             return
@@ -181,6 +211,11 @@ class AttentionLowering:
                 return
         elif plan.dropped:
             tokens = self._token_count()
+        prompt = None
+        if plan.eviction is not None and not plan.dropped:
+            layer = site.index if site.layer is None else site.layer
+            count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
+            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self._extra_output)
         self.stores.append(
             StoreBinding(
                 self.results.index(stored[0]),
@@ -189,6 +224,7 @@ class AttentionLowering:
                 value_layout,
                 positions_output,
                 tokens,
+                prompt,
             )
         )
         self.sites[-1].layout = _describe(key_layout)
@@ -204,21 +240,25 @@ class AttentionLowering:
         arguments = self.placeholders.index(keys.past), self.placeholders.index(values.past)
         outputs = self.results.index(stored[0]), self.results.index(stored[1])
         given = [self.examples[i] for i in arguments]
-        layouts = self._layouts(site, plan)
         if all(isinstance(t, LogicalKV) for t in given):
             layouts = given[0].kv_layout, given[1].kv_layout
+        else:
+            if plan.eviction is not None:
+                self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
+            layouts = self._layouts(site, replace(plan, eviction=None))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
-        self.appends.append(
-            AppendBinding(
-                *arguments, *outputs, *layouts, tokens, keys.window, layouts[0].positions and not skipped, skipped
-            )
-        )
         self.removed.update(outputs)
+        binding = AppendBinding(
+            *arguments, *outputs, *layouts, tokens, keys.window, layouts[0].positions and not skipped, skipped
+        )
         if skipped:
+            self.appends.append(binding)
             self.sites.append(LoweredSite(site.name, "skipped", "empty"))
             return
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
-        spec = replace(spec, positions=layouts[0].positions)
+        policy = layouts[0].eviction
+        mass = policy is not None and policy.step_mass
+        spec = replace(spec, positions=layouts[0].positions, mass=mass)
         buffers = [self._buffer(past, layout) for past, layout in zip((keys.past, values.past), layouts, strict=True)]
         positions = self._placeholder(f"{keys.past.name}_positions") if spec.positions else None
         if positions is not None:
@@ -227,8 +267,15 @@ class AttentionLowering:
         self.inputs.append(torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
         choice = self.chooser.plan(spec, shape)
-        args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, choice.key())
-        self._replace(site, torch.ops.torchaccel.attend.default, args)
+        args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
+        if mass:
+            with_sides = (*args, None, None, choice.key())
+            received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
+            assert received is not None
+            binding = replace(binding, mass_output=self._extra_output(received), group=spec.group)
+        else:
+            self._replace(site, torch.ops.torchaccel.attend.default, (*args, choice.key()))
+        self.appends.append(binding)
         self._note(site, choice, shape, _describe(layouts[0]), plan)
 
     def _buffer(self, past: Node, layout: Layout) -> Node:
@@ -247,12 +294,20 @@ class AttentionLowering:
             self.last_placeholder = self.graph.placeholder(name)
         return self.last_placeholder
 
-    def _replace(self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _replace(
+        self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None
+    ) -> Node | None:
+        """Put an operator in the place of a site; ``side``: which result to return of an operator that has several."""
         with self.graph.inserting_before(site.node):
             node = self.graph.call_function(target, args)
+            received = None
+            if side is not None:
+                received = self.graph.call_function(operator.getitem, (node, side))
+                node = self.graph.call_function(operator.getitem, (node, 0))
         node.meta = dict(site.node.meta)
         site.node.replace_all_uses_with(node)
         self.graph.erase_node(site.node)
+        return received
 
     def _shape(self, site: AttentionSite, tokens: int) -> AttentionShape:
         batch, _, queries, _ = (_size(size) for size in _fake(site.q).shape)
@@ -313,7 +368,8 @@ def _cache_or_length(node: Node) -> bool:
 
 
 def _describe(layout: Layout) -> str:
-    return layout.format.kind + (" pruned" if layout.positions else "")
+    kept = f" {type(layout.eviction).__name__}" if layout.eviction else " pruned" if layout.pruned else ""
+    return layout.format.kind + kept
 
 
 def _fake(node: Node) -> Any:

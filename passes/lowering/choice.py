@@ -7,7 +7,7 @@ from torchaccel.kernels.candidates import candidates
 from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import AttentionSpec
 
-from torchaccel.cost.choose import Tuned, candidate_ms, choose
+from torchaccel.cost.choose import Tuned, Verdict, candidate_ms, choose, gate
 from torchaccel.cost.facts import DeviceFacts
 from torchaccel.cost.roofline import INFEASIBLE
 from torchaccel.cost.shape import AttentionShape
@@ -22,6 +22,7 @@ class Chooser:
         self.facts = facts
         self.tuned = tuned
         self._plans: dict[tuple[AttentionSpec, AttentionShape], Plan] = {}
+        self._verdicts: dict[tuple[AttentionSpec, AttentionSpec, AttentionShape], Verdict] = {}
 
     def plan(self, spec: AttentionSpec, shape: AttentionShape) -> Plan:
         """The candidates of an attention kernel over all numbers of stored tokens; ``shape.tokens`` is ignored."""
@@ -34,6 +35,15 @@ class Chooser:
                 found = choose(spec, choices, shape, self.facts, self.tuned)
             self._plans[spec, shape] = found
         return found
+
+    def verdict(self, asked: AttentionSpec, exact: AttentionSpec, shape: AttentionShape) -> Verdict | None:
+        """Whether a lossy site pays, each with its best candidate; None without facts of the device."""
+        if self.facts is None:
+            return None
+        key = asked, exact, shape
+        if key not in self._verdicts:
+            self._verdicts[key] = gate(asked, exact, shape, self.facts, self.tuned)
+        return self._verdicts[key]
 
     def predicted_ms(self, plan: Plan, shape: AttentionShape) -> float | None:
         """Milliseconds of one call of a plan with ``shape.tokens`` stored; None without facts of the device."""

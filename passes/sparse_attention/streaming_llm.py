@@ -44,5 +44,5 @@ class StreamingLLM(LayerwiseMethod):
             return Decline(site.name, Reason.SLIDING_WINDOW)
         return None
 
-    def treat(self, plan: SitePlan) -> None:
+    def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         plan.window, plan.sinks = self.options.window, self.options.sinks

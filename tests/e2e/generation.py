@@ -29,8 +29,11 @@ def greedy(model: Any, inputs: dict[str, torch.Tensor], tokens: int, **arguments
 
 
 def compiled(family: str, **arguments: Any) -> tuple[Any, Any]:
-    """(eager model, the same model compiled by torchaccel); options go under ``options``."""
-    options = arguments.pop("options", {})
+    """(eager model, the same model compiled by torchaccel); options go under ``options``.
+
+    These models are so small that hardly a lossy method pays for them: it is applied all the same.
+    """
+    options = {"gate": False, **arguments.pop("options", {})}
     return build(family, **arguments), torchaccel.compile(build(family, **arguments), **options)
 
 

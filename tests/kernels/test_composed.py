@@ -33,9 +33,9 @@ def test_equals_the_reference(kind, window, mask_kind, pruned):
         k, v = (kv_format.allocate(f, BATCH, HEADS, 128, torch.device("cpu")) for f in (key, value))
         kv_format.append(key, k, 0, random(BATCH, HEADS, stored, DIM, seed=1))
         kv_format.append(value, v, 0, random(BATCH, HEADS, stored, DIM, seed=2))
-        positions = torch.zeros(BATCH, 128, dtype=torch.int32) if pruned else None
+        positions = torch.zeros(BATCH, 1, 128, dtype=torch.int32) if pruned else None
         if positions is not None:
-            positions[:, :stored] = torch.arange(logical - stored, logical, dtype=torch.int32)
+            positions[..., :stored] = torch.arange(logical - stored, logical, dtype=torch.int32)
         arguments.append((k, v, torch.tensor([0, stored, logical]), None if mask_kind == "none" else mask, positions))
     q = random(BATCH, HEADS * GROUP, NEW, DIM, seed=3)
     new = random(BATCH, HEADS, NEW, DIM, seed=4), random(BATCH, HEADS, NEW, DIM, seed=5)

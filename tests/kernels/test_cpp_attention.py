@@ -24,9 +24,10 @@ def with_positions(case: Inputs) -> Inputs:
         batch, end = case.q.shape[0], int(case.lens[1])
         logical = 2 * end + 5
         case.lens[2] = logical
-        columns = torch.stack([torch.randperm(logical)[:end].sort().values for _ in range(batch)])
-        case.positions = torch.full((batch, end + 200), -7, dtype=torch.int32)
-        case.positions[:, :end] = columns.int()
+        apart = 1 if end == 42 else case.k_buf.shape[1]  # KV heads share their columns, or do not
+        columns = torch.stack([torch.randperm(logical)[:end].sort().values for _ in range(batch * apart)])
+        case.positions = torch.full((batch, apart, end + 200), -7, dtype=torch.int32)
+        case.positions[..., :end] = columns.view(batch, apart, end)
     return case
 
 

@@ -91,10 +91,10 @@ def check_decode(case: AttentionSpec, kernel: Any, length: int, new: int, start:
     logical, positions = length - start, None
     if case.positions:
         logical = 2 * length + 5
-        positions = torch.full((batch, length + 200), -7, dtype=torch.int32)
-        positions[:, :length] = torch.stack(
-            [torch.randperm(logical)[:length].sort().values for _ in range(batch)]
-        ).int()
+        shared = 1 if seed % 2 else heads
+        positions = torch.full((batch, shared, length + 200), -7, dtype=torch.int32)
+        columns = torch.stack([torch.randperm(logical)[:length].sort().values for _ in range(batch * shared)])
+        positions[..., :length] = columns.view(batch, shared, length)
     mask = random_mask(case, batch, 1, new, logical + new)
     index = random_list(case, batch, heads, length + new)
     windows = torch.tensor([1, 0], dtype=torch.int32) if case.head_windows else None

@@ -69,12 +69,12 @@ def test_positions_replace_slots() -> None:
     torch.manual_seed(0)
     q, k_new, v_new = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
     k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
-    positions = torch.tensor([[0, 3, 4, 9, 0, 0, 0, 0]], dtype=torch.int32)
+    positions = torch.tensor([[[0, 3, 4, 9, 0, 0, 0, 0]]], dtype=torch.int32)
     spec = replace(DECODE, positions=True, mask="bool")
     mask = torch.ones(1, 1, 1, 11, dtype=torch.bool)
     mask[..., 3] = False
     out = reference.decode_attention(spec, q, k_new, v_new, k, v, torch.tensor([0, 4, 10]), mask, positions)
-    assert positions[0, 4] == 10
+    assert positions[0, 0, 4] == 10
     kept = [0, 2, 3, 4]
     torch.testing.assert_close(
         out, F.scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept], scale=0.25, enable_gqa=True)

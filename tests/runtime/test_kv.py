@@ -16,7 +16,7 @@ from torchaccel.runtime.storage import Layout, grown
 
 DENSE = Layout(KVFormat("dense", "float32", 16))
 INT8 = Layout(KVFormat("int8", "float32", 16, "channel"))
-PRUNED = Layout(KVFormat("dense", "float32", 16), positions=True)
+PRUNED = Layout(KVFormat("dense", "float32", 16), positions=True, pruned=True)
 EMPTY = Layout(KVFormat("empty", "float32", 16))
 TOLERANCE = {"dense": 0.0, "int8": 0.03}
 
@@ -125,7 +125,7 @@ def test_sliding_start_moves_whole_blocks():
 
 def test_capacity_is_always_above_the_length():
     for length in (0, 1, 63, 64, 65, 1000, 32768):
-        assert length < grown(length) <= 1.25 * length + 65 and grown(length) % 64 == 0
+        assert length < grown(length) <= length + max(128, length // 16 + 64) and grown(length) % 64 == 0
 
 
 def test_growth_copies_each_token_a_few_times():
@@ -134,13 +134,13 @@ def test_growth_copies_each_token_a_few_times():
         before = kv.physical
         kv = append(kv, tokens(1))
         copied += kv.shape[2] if kv.physical is not before else 0
-    assert copied < 6 * kv.shape[2]
+    assert copied < 17 * kv.shape[2]
 
 
 def test_pruned_tokens_cannot_be_read_back():
     x = tokens(10)
-    kept = torch.tensor([[0, 3, 9], [0, 4, 9]])
-    kv = compress(PRUNED, x.gather(2, kept[:, None, :, None].expand(2, 3, 3, 16)), 10, kept)
+    kept = torch.tensor([[[0, 3, 9]], [[0, 4, 9]]])
+    kv = compress(PRUNED, x.gather(2, kept[..., None].expand(2, 3, 3, 16)), 10, kept)
     assert kv.shape[2] == 10 and kv.end - kv.start == 3
     with pytest.raises(EvictedTokensError, match=r"all 10 tokens.*keeps 3"):
         kv + 0

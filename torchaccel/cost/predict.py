@@ -114,12 +114,14 @@ def _cost(
     # Skipped layers are spread evenly, so every part of the depth loses the same share of them.
     share = running / sizes.layers
     for tokens, layers in traffic.prompt_lengths(sizes.layers, context):
+        each = sum(fmt.token_bytes for fmt in formats)
+        kept = traffic.stored(tokens, sizes.kv_heads * each)
         spec = traffic.spec("decode", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
-        shape = AttentionShape(batch, sizes.kv_heads, 1, tokens + 1, sites=sizes.layers)
+        shape = AttentionShape(batch, sizes.kv_heads, 1, kept + 1, sites=sizes.layers)
         decode_attention += layers * share * attention_ms(spec, shape, facts, calibration)
-        waiting = min(tokens, formats[0].window + formats[0].block / 2) if formats[0].is_quantised else 0.0
+        waiting = min(kept, formats[0].window + formats[0].block / 2) if formats[0].is_quantised else 0.0
         full = 2 * sizes.head_dim * DTYPES[sizes.dtype].itemsize
-        stored = waiting * full + (tokens - waiting) * sum(fmt.token_bytes for fmt in formats)
+        stored = waiting * full + (kept - waiting) * each
         kv += batch * layers * share * sizes.kv_heads * stored
         spec = traffic.spec("prefill", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
         shape = AttentionShape(batch, sizes.kv_heads, tokens, tokens, sites=sizes.layers)

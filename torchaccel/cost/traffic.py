@@ -1,23 +1,26 @@
 """What methods change about the work of a model: layers that run, tokens that are read, how a cache is stored.
 
-Options are canonical here: family -> {"method": name, every parameter}, as ``torchaccel.options`` resolves them.
+Options are canonical here: family -> {"method": name, every parameter}, or a list of those, as ``torchaccel.options``
+resolves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.spec import BITS, AttentionSpec, KVFormat
 from .symbols import visible_pairs
 
-Methods = Mapping[str, Mapping[str, Any]]
+Method = Mapping[str, Any]
+Methods = Mapping[str, Method | Sequence[Method]]
 
+EVICTING = ("snapkv", "h2o")
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),
-    "kv_compression": tuple(BITS),
+    "kv_compression": (*BITS, *EVICTING),
     "sparse_attention": ("streaming_llm",),
 }
 
@@ -31,21 +34,29 @@ class Traffic:
     @property
     def unknown(self) -> list[str]:
         """What of the methods is not modelled, as "family: method"; nothing may be predicted then."""
-        asked = {family: self.methods[family] for family in KNOWN_METHODS if family in self.methods}
         return [
             f"{family}: {method['method']}" + (" on some of the layers" if method.get("layers") is not None else "")
-            for family, method in asked.items()
-            if method["method"] not in KNOWN_METHODS[family] or method.get("layers") is not None
+            for family, known in KNOWN_METHODS.items()
+            for method in self._asked(family)
+            if method["method"] not in known or method.get("layers") is not None
         ]
+
+    def _asked(self, family: str) -> list[Method]:
+        found = self.methods.get(family, [])
+        return [found] if isinstance(found, Mapping) else list(found)
+
+    def _one(self, family: str, *names: str) -> Method | None:
+        """The method of a family, among ``names`` when given; the last one where several are asked for."""
+        return next((m for m in reversed(self._asked(family)) if not names or m["method"] in names), None)
 
     def decode_layers(self, layers: int) -> int:
         """How many of ``layers`` run for a new token."""
-        method = self.methods.get("layer_skipping")
+        method = self._one("layer_skipping")
         return layers if method is None else max(2, int(layers / method["target_speedup"]))
 
     def prompt_lengths(self, layers: int, context: int) -> list[tuple[int, int]]:
         """(tokens, layers) of the parts of the depth: token pruning shortens the later one."""
-        method = self.methods.get("token_pruning")
+        method = self._one("token_pruning")
         if method is None:
             return [(context, layers)]
         first = min(method["layer"], layers)
@@ -54,8 +65,20 @@ class Traffic:
     @property
     def window(self) -> tuple[int | None, int]:
         """Window and sinks of sparse attention; (None, 0) for attention to everything."""
-        method = self.methods.get("sparse_attention")
+        method = self._one("sparse_attention")
         return (None, 0) if method is None or "window" not in method else (method["window"], method["sinks"])
+
+    def stored(self, tokens: int, token_bytes: float) -> int:
+        """How many of ``tokens`` a layer keeps; token_bytes: of one token's keys and values, all KV heads."""
+        method = self._one("kv_compression", *EVICTING)
+        if method is None:
+            return tokens
+        budget = method["budget"]
+        if budget["tokens"] is not None:
+            return min(tokens, budget["tokens"])
+        if budget["ratio"] is not None:
+            return max(1, int(tokens * budget["ratio"]))
+        return min(tokens, max(1, int(budget["bytes"] / token_bytes)))
 
     def visible(self, tokens: int) -> int:
         """How many of ``tokens`` stored ones a new token reads."""
@@ -68,7 +91,7 @@ class Traffic:
 
     def formats(self, dtype: str, head_dim: int) -> tuple[KVFormat, KVFormat]:
         """How keys and values are stored."""
-        method = self.methods.get("kv_compression")
+        method = self._one("kv_compression", *BITS)
         if method is None:
             return KVFormat("dense", dtype, head_dim), KVFormat("dense", dtype, head_dim)
         name = method["method"]

@@ -44,8 +44,9 @@ def decode_floor(work: Work, options: Methods, machine: Machine, *, batch: int, 
     layers = Traffic(options).decode_layers(facts.layers)
     size = DTYPES[facts.dtype].itemsize
     weights = work.layer_weights * layers + work.other_weights
-    kv = batch * layers * facts.kv_heads * Traffic(options).visible(context + 1) * _token_bytes(facts, options)
-    attention = 4.0 * batch * layers * facts.heads * facts.head_dim * Traffic(options).visible(context + 1)
+    visible = _visible(facts, options, context)
+    kv = batch * layers * facts.kv_heads * visible * _token_bytes(facts, options)
+    attention = 4.0 * batch * layers * facts.heads * facts.head_dim * visible
     return _milliseconds(machine, facts.dtype, weights * size + kv, 2.0 * batch * weights + attention)
 
 
@@ -68,7 +69,7 @@ def attention_floor(
     if Traffic(options).unknown:
         return None
     if decode:
-        visible = Traffic(options).visible(context + 1)
+        visible = _visible(facts, options, context)
         size = facts.kv_heads * visible * _token_bytes(facts, options)
         pairs = visible
     else:
@@ -80,12 +81,17 @@ def attention_floor(
 
 def density(context: int, options: Methods, *, decode: bool) -> float | None:
     """Fraction of the causal keys a window-and-sinks method visits; None for dense attention and unknown geometry."""
-    method = options.get("sparse_attention")
-    if method is None or "window" not in method:
+    if Traffic(options).window[0] is None:
         return None
     if decode:
         return Traffic(options).visible(context + 1) / (context + 1)
     return Traffic(options).visible_pairs(context) / Traffic({}).visible_pairs(context)
+
+
+def _visible(facts: ModelFacts, options: Methods, context: int) -> int:
+    """Tokens that a decode step reads: what is stored of the context, as far as attention sees it, and its own."""
+    traffic = Traffic(options)
+    return traffic.visible(traffic.stored(context, facts.kv_heads * _token_bytes(facts, options)) + 1)
 
 
 def _token_bytes(facts: ModelFacts, options: Methods) -> float:

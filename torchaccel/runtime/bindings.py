@@ -30,7 +30,8 @@ class AppendBinding:
     key_argument, value_argument: positions of the past keys and values among the graph's arguments. key_output,
     value_output: positions of the updated ones among its results. key_layout, value_layout: for plain tensors that a
     cache brings along. window: tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does
-    not run; only the logical length advances.
+    not run; only the logical length advances. mass_output: result that holds the attention every slot received, for
+    layouts that evict after a call; group: query heads of a KV head.
     """
 
     key_argument: int
@@ -43,13 +44,32 @@ class AppendBinding:
     window: int | None = None
     positions: bool = False
     skipped: bool = False
+    mass_output: int | None = None
+    group: int = 1
+
+
+@dataclass(frozen=True)
+class PromptBinding:
+    """What a policy that evicts tokens wants of a prompt, as positions among the graph's results.
+
+    queries_output: the last queries ``[B, H, w, D]``. mass_output: see ``eviction.Prompt.mass``. mask_output: the
+    mask's last row, None when nothing is masked.
+    """
+
+    queries_output: int
+    mass_output: int | None
+    mask_output: int | None
+    scale: float
+    layer: int
+    layers: int
 
 
 @dataclass(frozen=True)
 class StoreBinding:
     """A layer whose prompt keys and values come out of this graph and are put into storage.
 
-    positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length then.
+    positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length where
+    that cannot be read off the keys. prompt: for layouts that evict.
     """
 
     key_output: int
@@ -58,6 +78,7 @@ class StoreBinding:
     value_layout: Layout
     positions_output: int | None = None
     tokens: TokenCount | None = None
+    prompt: PromptBinding | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .bindings import AppendBinding, Bindings, StoreBinding
+from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, view, writable
 from .storage import Layout
 
@@ -39,11 +40,13 @@ class CompiledGraph:
         inputs = [plain(args[i]) for i in bindings.arguments]
         results: list[Any] = [None] * self.slots
         lens: dict[tuple[int, int, int], Tensor] = {}
-        for append in bindings.appends:
-            self._append(append, args, inputs, results, lens)
+        appended = [self._append(append, args, inputs, results, lens) for append in bindings.appends]
         produced = self.compiled(*inputs)
         for position, value in zip(bindings.results, produced, strict=True):
             results[position] = value
+        for append, (keys, values) in zip(bindings.appends, appended, strict=True):
+            if append.mass_output is not None:
+                self._settle(append, args, results, keys, values)
         for store in bindings.stores:
             self._store(store, args, results)
         self.counter.calls += 1
@@ -58,7 +61,7 @@ class CompiledGraph:
         inputs: list[Any],
         results: list[Any],
         lens: dict[tuple[int, int, int], Tensor],
-    ) -> None:
+    ) -> tuple[LogicalKV, LogicalKV]:
         keys, values = args[binding.key_argument], args[binding.value_argument]
         n = binding.tokens.of(args)
         if not isinstance(keys, LogicalKV) or not isinstance(values, LogicalKV):
@@ -85,16 +88,37 @@ class CompiledGraph:
             if not binding.skipped:
                 start += total - binding.window + 1
             total = binding.window - 1
-        results[binding.key_output] = view(key_storage, start, end, total)
+        results[binding.key_output] = longer = view(key_storage, start, end, total)
         results[binding.value_output] = view(value_storage, start, end, total)
+        return longer, results[binding.value_output]
+
+    def _settle(
+        self, binding: AppendBinding, args: tuple[Any, ...], results: list[Any], keys: LogicalKV, values: LogicalKV
+    ) -> None:
+        assert keys.physical is not None and values.physical is not None and binding.mass_output is not None
+        fresh, logical = binding.tokens.of(args), keys.shape[2]
+        start, end = settle(keys, values, results[binding.mass_output], fresh, binding.group)
+        if end != keys.end:
+            results[binding.key_output] = view(keys.physical, start, end, logical)
+            results[binding.value_output] = view(values.physical, start, end, logical)
 
     def _store(self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any]) -> None:
         positions = logical = None
         if binding.positions_output is not None and binding.tokens is not None:
-            positions, logical = results[binding.positions_output], binding.tokens.of(args)
-        for output, layout in ((binding.key_output, binding.key_layout), (binding.value_output, binding.value_layout)):
-            kept = positions if layout.positions else None
-            results[output] = compress(layout, results[output], logical, kept)
+            positions, logical = results[binding.positions_output][:, None], binding.tokens.of(args)
+        outputs = binding.key_output, binding.value_output
+        layouts = binding.key_layout, binding.value_layout
+        keys, values = (results[output] for output in outputs)
+        if binding.prompt is not None:
+            if logical is None:
+                logical = keys.shape[2]
+            stored = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions)
+        else:
+            stored = (
+                compress(layouts[0], keys, logical, positions if layouts[0].positions else None),
+                compress(layouts[1], values, logical),
+            )
+        results[outputs[0]], results[outputs[1]] = stored
 
 
 def plain(argument: Any) -> Any:

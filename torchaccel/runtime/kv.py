@@ -33,6 +33,7 @@ class LogicalKV(Tensor):
     start: int
     end: int
     age: int
+    generation: int
 
     @staticmethod
     def __new__(cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any) -> LogicalKV:
@@ -84,10 +85,10 @@ class LogicalKV(Tensor):
         if self.end - self.start != self.shape[2]:
             raise EvictedTokensError(
                 f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {self.end - self.start} of them "
-                f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.positions else ''}); pass this "
+                f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.pruned else ''}); pass this "
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
-        return self.physical.read(self.start, self.end, self.age)
+        return live(self).read(self.start, self.end, self.age)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -116,6 +117,7 @@ def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     with torch.inference_mode(False):
         kv = LogicalKV(storage.layout, buf, storage.positions, size)
     kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
+    kv.generation = storage.generation
     storage.views[id(kv)] = kv
     # One decode graph for every length: without the mark Dynamo compiles a static length first.
     torch._dynamo.maybe_mark_dynamic(kv, 2)
@@ -125,7 +127,7 @@ def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
 def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positions: Tensor | None = None) -> LogicalKV:
     """A logical tensor of its own storage from ``tokens`` ``[B, H, n, D]``; ``logical`` columns when some were pruned.
 
-    positions: int32 ``[B, n]``, the column of each token.
+    positions: integers ``[B, 1 | H, n]``, the column of each token.
     """
     n = tokens.shape[2]
     logical = n if logical is None else logical
@@ -133,11 +135,22 @@ def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positio
     return view(store(layout, tokens, logical, positions), 0, kept, logical)
 
 
-def writable(kv: LogicalKV, room: int, *, copy: bool = False) -> LogicalKV:
-    """``kv`` itself with ``room`` free slots behind it, or a copy when the buffer is full or was overwritten since."""
+def live(kv: LogicalKV) -> Storage:
+    """The storage of ``kv``; raises ``EvictedTokensError`` when tokens were evicted from it since ``kv`` was made."""
     storage = kv.physical
     if storage is None:
-        raise ValueError("a fake KV tensor has no storage to write to")
+        raise ValueError("a fake KV tensor has no storage")
+    if storage.generation != kv.generation:
+        raise EvictedTokensError(
+            "this KV cache was continued, and tokens were evicted from it since; copy a cache (copy.deepcopy) before "
+            f"continuing it when it is to be used again ({type(storage.layout.eviction).__name__})"
+        )
+    return storage
+
+
+def writable(kv: LogicalKV, room: int, *, copy: bool = False) -> LogicalKV:
+    """``kv`` itself with ``room`` free slots behind it, or a copy when the buffer is full or was overwritten since."""
+    storage = live(kv)
     if storage.layout.format.kind == "empty":
         return kv
     if not copy and kv.end + room <= storage.capacity and storage.intact(kv.end, kv.age):
@@ -181,11 +194,10 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
         return _alias(kv)
     if dim % 4 != 2 or step != 1 or hi < lo:
         return NotImplemented
-    storage = kv.physical
-    assert storage is not None
+    storage = live(kv)
     if storage.layout.format.kind == "empty":
         return view(storage, 0, 0, hi - lo)
-    if storage.layout.positions:
+    if storage.layout.pruned:
         if lo or hi < storage.contiguous_from:
             raise EvictedTokensError(
                 f"asked to crop a pruned KV cache to columns {lo}..{hi}; its first {storage.contiguous_from} columns "
@@ -196,8 +208,7 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
 
 
 def _take_rows(kv: LogicalKV, rows: Tensor) -> LogicalKV:
-    storage = kv.physical
-    assert storage is not None
+    storage = live(kv)
     new, start = storage.copy(kv.start, kv.end, 1, rows, kv.age)
     return view(new, start, start + kv.end - kv.start, kv.shape[2])
 
@@ -214,15 +225,13 @@ def _index(kv: LogicalKV, indices: list[Tensor | None]) -> Any:
 
 
 def _clone(kv: LogicalKV, **_: Any) -> LogicalKV:
-    storage = kv.physical
-    assert storage is not None
+    storage = live(kv)
     new, start = storage.copy(kv.start, kv.end, 1, age=kv.age)
     return view(new, start, start + kv.end - kv.start, kv.shape[2])
 
 
 def _alias(kv: LogicalKV) -> LogicalKV:
-    assert kv.physical is not None
-    return _aged(kv, view(kv.physical, kv.start, kv.end, kv.shape[2]))
+    return _aged(kv, view(live(kv), kv.start, kv.end, kv.shape[2]))
 
 
 def _aged(source: LogicalKV, derived: LogicalKV) -> LogicalKV:

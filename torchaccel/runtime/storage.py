@@ -12,21 +12,28 @@ from torch import Tensor
 from torchaccel.kernels import kv_format, registry
 from torchaccel.kernels.spec import KVFormat
 
-# Capacity grows by a quarter, so a token is copied about four times over a whole generation (amortised O(1)) and the
-# slack stays under 25 % of the live bytes; multiples of 64 keep whole quantisation blocks.
-GROWTH = 1.25
+from .eviction import Eviction, EvictionRecord
+
+# Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
+# in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
+# quantisation blocks.
+GROWTH = 16
 ALIGNMENT = 64
+MOST_SLACK = 1024
 
 
 @dataclass(frozen=True)
 class Layout:
     """What a logical KV tensor stores physically; hashable, and guarded by the compiled graphs.
 
-    ``positions`` says that only some tokens are stored and each slot carries its logical column.
+    pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
+    the same slots need none). eviction: the policy by which tokens go.
     """
 
     format: KVFormat
     positions: bool = False
+    pruned: bool = False
+    eviction: Eviction | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Storage:
     """
 
     def __init__(self, layout: Layout, buf: Tensor, filled: int, positions: Tensor | None, contiguous_from: int):
-        """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, C]``.
+        """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, 1 | H, C]``.
 
         contiguous_from: logical column from which on every column has a slot (0 when nothing was pruned).
         """
@@ -55,13 +62,20 @@ class Storage:
         self.positions = positions
         self.contiguous_from = contiguous_from
         self.capacity = kv_format.capacity(layout.format, buf)
-        self.nbytes = buf.nbytes + (0 if positions is None else positions.nbytes)
+        self.record: EvictionRecord | None = None
+        self.generation = 0
         self.views: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.cuts: list[Cut] = []
         # One decode graph for every capacity: without the marks Dynamo compiles a static size first.
         torch._dynamo.maybe_mark_dynamic(buf, 2)
         if positions is not None:
-            torch._dynamo.maybe_mark_dynamic(positions, 1)
+            torch._dynamo.maybe_mark_dynamic(positions, 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: tokens, columns, and what a policy remembers."""
+        columns = 0 if self.positions is None else self.positions.nbytes
+        return self.buf.nbytes + columns + (sum(x.nbytes for x in self.record.state.values()) if self.record else 0)
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
@@ -80,6 +94,28 @@ class Storage:
             if low < high:
                 tokens[:, :, low - start : high - start].copy_(cut.tokens[:, :, low - cut.first : high - cut.first])
         return tokens
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def keep(self, start: int, end: int, kept: Tensor, logical: int) -> None:
+        """Keep, of slots ``start .. end``, those that ``kept`` ``[B, H, n]`` names from ``start`` on, in slots 0 .. n.
+
+        Views made before can be read no more. logical: the sequence's length; nothing before it can be cut apart.
+        """
+        tokens = self.read(start, end)
+        kv_format.append(
+            self.layout.format, self.buf, 0, tokens.gather(2, kept[..., None].expand(*kept.shape, tokens.shape[3]))
+        )
+        count = kept.shape[2]
+        if self.positions is not None:
+            self.positions[..., :count] = self.positions[..., start:end].gather(2, kept)
+        if self.record is not None:
+            for x in self.record.state.values():
+                x[..., :count] = x[..., start:end].gather(2, kept)
+                x[..., count:] = 0
+        self.cuts.clear()
+        self.filled, self.contiguous_from = count, logical
+        self.generation += 1
 
     def truncate(self, end: int) -> None:
         """Give up the slots from ``end`` on, keeping their tokens for whoever alive still reads them."""
@@ -109,8 +145,8 @@ class Storage:
         buf = kv_format.allocate(fmt, rows, heads, grown(end - base + room), self.buf.device)
         slots = None
         if self.positions is not None:
-            slots = self.positions.new_empty(rows, kv_format.capacity(fmt, buf))
-            slots[:, : end - base].copy_(pick(self.positions[:, base:end]))
+            slots = self.positions.new_empty(rows, self.positions.shape[1], kv_format.capacity(fmt, buf))
+            slots[..., : end - base].copy_(pick(self.positions[..., base:end]))
         if fmt.is_quantised and intact:
             done = max(base, fmt.quantised(end))
             size = (done - base) // fmt.block * fmt.block_bytes
@@ -119,18 +155,30 @@ class Storage:
             kv_format.tail(fmt, buf)[:, :, : end - done].copy_(pick(self.read(done, end)))
         elif fmt.kind != "empty":
             kv_format.append(fmt, buf, 0, pick(self.read(base, end, age)))
-        return Storage(self.layout, buf, end - base, slots, self.contiguous_from), start - base
+        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from)
+        if self.record is not None:
+            room = new.capacity - (end - base)
+            state = {
+                name: torch.nn.functional.pad(pick(x[..., base:end]), (0, room))
+                for name, x in self.record.state.items()
+            }
+            new.record = EvictionRecord(state, self.record.capacity, self.record.calls)
+        return new, start - base
 
 
 def grown(need: int) -> int:
     """Capacity to allocate for ``need`` slots; strictly larger, so length never meets capacity."""
-    return -(-int(need * GROWTH + 1) // ALIGNMENT) * ALIGNMENT
+    slack = min(max(need // GROWTH, 1), MOST_SLACK)
+    return -(-(need + slack) // ALIGNMENT) * ALIGNMENT
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None = None) -> Storage:
-    """Compress ``tokens`` ``[B, H, n, D]`` into a new storage; ``positions`` int32 ``[B, n]`` when some were pruned."""
+    """Compress ``tokens`` ``[B, H, n, D]`` into a new storage.
+
+    positions: integers ``[B, 1 | H, n]``, the column of each token, for layouts with positions; None for 0 .. n.
+    """
     batch, heads, n, _ = tokens.shape
     buf = kv_format.allocate(layout.format, batch, heads, grown(n), tokens.device)
     # Quantising 32k tokens of 4 heads takes 6 ms here, and 92-180 ms operator by operator.
@@ -138,7 +186,7 @@ def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None
     slots = None
     if layout.positions:
         room = kv_format.capacity(layout.format, buf)
-        slots = torch.empty(batch, room, dtype=torch.int32, device=tokens.device)
-        columns = torch.arange(n, device=tokens.device) if positions is None else positions
-        slots[:, :n] = columns.to(torch.int32)
-    return Storage(layout, buf, n, slots, logical if layout.positions else 0)
+        columns = torch.arange(n, device=tokens.device).view(1, 1, -1) if positions is None else positions
+        slots = torch.empty(batch, columns.shape[1], room, dtype=torch.int32, device=tokens.device)
+        slots[..., :n] = columns.to(torch.int32)
+    return Storage(layout, buf, n, slots, logical if layout.pruned else 0)

@@ -48,6 +48,7 @@ class DecodeCase:
     window: int | None = None
     sinks: int = 0
     positions: bool = False
+    head_positions: bool = False
     head_windows: bool = False
     index: Literal["contiguous", "blocks", "tokens"] = "contiguous"
     index_block: int = 64
@@ -118,6 +119,8 @@ DECODE_CASES: list[DecodeCase] = [
     DecodeCase("window_not_causal", window=20, causal=False, new=4, dtype="float32", end=80),
     DecodeCase("not_causal", causal=False, new=4, dtype="float32", end=20),
     DecodeCase("positions", positions=True, evicted=50, new=2),
+    DecodeCase("head_positions", positions=True, head_positions=True, evicted=50, new=2, mask="bool"),
+    DecodeCase("int8_head_positions", keys="int8", values="int8", positions=True, head_positions=True, evicted=9),
     DecodeCase("positions_window_sinks", positions=True, evicted=42, window=60, sinks=4, dtype="float32"),
     DecodeCase("positions_mask", positions=True, evicted=30, mask="bool", left_padding=(0, 60), window=60, sinks=6),
     DecodeCase("int8", keys="int8", values="int8"),
@@ -280,10 +283,11 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
     positions = None
     if case.positions:
         # Some columns were evicted: the stored ones are increasing with gaps, and differ between batch rows.
-        positions = torch.full((case.batch + 1, case.end + case.new + 70), -1, dtype=torch.int32)
-        for row in range(case.batch):
+        heads_apart = case.kv_heads if case.head_positions else 1
+        positions = torch.full((case.batch + 1, heads_apart, case.end + case.new + 70), -1, dtype=torch.int32)
+        for row in positions[: case.batch].flatten(0, 1):
             kept = torch.randperm(logical, generator=generator)[: case.end].sort().values
-            positions[row, : case.end] = kept.to(torch.int32)
+            row[: case.end] = kept.to(torch.int32)
     mask = _mask(case, logical + case.new if case.append else case.end - case.start, generator)
 
     index = _index(case, generator)

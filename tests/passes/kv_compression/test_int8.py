@@ -73,8 +73,8 @@ def test_bytes_are_really_freed():
         theirs, ours = DynamicCache(config=eager.config), DynamicCache(config=eager.config)
         eager(ids, past_key_values=theirs, use_cache=True)
         fast(ids, past_key_values=ours, use_cache=True)
-    # Head dimension 16: codes 1 byte, values' scales 4 bytes per 16 channels, keys' 4 bytes per 64 tokens; 25 % slack.
-    assert torchaccel.kv_bytes(ours) < 1.3 * 0.6 * torchaccel.kv_bytes(theirs)
+    # Head dimension 16: codes 1 byte, values' scales 4 bytes per 16 channels, keys' 4 bytes per 64 tokens; 6 % slack.
+    assert torchaccel.kv_bytes(ours) < 1.1 * 0.66 * torchaccel.kv_bytes(theirs)
 
 
 def test_beams_reorder_the_quantised_cache():

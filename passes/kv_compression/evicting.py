@@ -1,0 +1,67 @@
+"""What all methods share that drop tokens from the cache: their budget, and the sites they refuse."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, computed_field, model_validator
+
+from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.runtime.eviction import Budget, Eviction
+
+from ..base import Decline, Fidelity, Reason, SitePlan
+from ..layerwise import LayerwiseMethod, LayerwiseOptions
+
+
+class EvictingOptions(LayerwiseOptions):
+    """The budget, one of three: tokens per KV head, ratio of the prompt's length, bytes of a layer and batch row."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    ratio: float | None = Field(default=None, gt=0.0, le=1.0)
+    bytes: int | None = Field(default=None, ge=1)
+
+    default_budget: ClassVar[Budget] = Budget(ratio=0.5)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> EvictingOptions:
+        given = [name for name in ("tokens", "ratio", "bytes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"the budget is one of tokens, ratio and bytes; found {' and '.join(given)}")
+        return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def budget(self) -> Budget:
+        """The budget asked for, else the method's own."""
+        if self.tokens is self.ratio is self.bytes is None:
+            return self.default_budget
+        return Budget(self.tokens, self.ratio, self.bytes)
+
+
+class EvictingMethod(LayerwiseMethod):
+    """Subclasses give the policy that decides which tokens stay."""
+
+    family = "kv_compression"
+    fidelity = Fidelity.APPROX
+    phases = frozenset({"prefill", "extend", "decode"})
+
+    def refuse(self, site: AttentionSite) -> Decline | None:
+        kind = site.key_cache.kind
+        if kind == "static":
+            return Decline(site.name, Reason.STATIC_CACHE)
+        if kind not in ("fresh", "concatenated", "sliced"):
+            return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}")
+        if kind == "sliced" or site.key_cache.window is not None:
+            return Decline(site.name, Reason.SLIDING_WINDOW)
+        return None
+
+    def treat(self, plan: SitePlan, site: AttentionSite) -> None:
+        plan.eviction = self.policy()
+
+    def policy(self) -> Eviction:
+        """The policy of one layer."""
+        raise NotImplementedError
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        """The budget and these options, as keyword arguments of a policy."""
+        return {"budget": self.options.budget} | {name: getattr(self.options, name) for name in names}  # type: ignore[attr-defined]

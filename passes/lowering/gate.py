@@ -1,0 +1,71 @@
+"""Declines lossy sites that would be slower than exact ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torchaccel.kernels.spec import AttentionSpec, KVFormat, dtype_name
+
+from torchaccel.cost.shape import AttentionShape
+from torchaccel.graph.anatomy import AttentionSite
+
+from ..base import Decline, Reason, SitePlan
+from .choice import Chooser
+
+# A cache is stored before anyone knows how long it will grow: a site is judged by whether it pays at any length, and
+# the numbers in the decline are those of this many tokens.
+TOKENS = 32_768
+
+MakeSpec = Callable[[AttentionSite, SitePlan, str, KVFormat, KVFormat], AttentionSpec]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Judges the plan of a site; ``enabled`` False lets every plan pass."""
+
+    chooser: Chooser
+    make_spec: MakeSpec
+    enabled: bool
+
+    def judge(self, site: AttentionSite, plan: SitePlan, phase: str, batch: int, sites: int) -> Judgement:
+        """The part of ``plan`` that pays in a graph of ``phase``; ``sites``: the attention layers of the model."""
+        notes: list[str] = []
+        declines: list[Decline] = []
+        if not self.enabled or plan.dropped:
+            return Judgement(plan, (), "")
+
+        def pays(asked: SitePlan, exact: SitePlan, of: str) -> bool:
+            shape = AttentionShape(batch, site.kv_heads, TOKENS if of == "prefill" else 1, TOKENS, sites=sites)
+            verdict = self.chooser.verdict(self._spec(site, asked, of), self._spec(site, exact, of), shape)
+            if verdict is None:
+                return True
+            notes.append(verdict.text)
+            if verdict.switch_tokens is None:
+                declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
+            return verdict.switch_tokens is not None
+
+        if plan.formats is not None:
+            # A layout is judged by the decode steps that read it, whichever graph makes it.
+            whole = replace(plan, window=None, sinks=0)
+            if not pays(whole, replace(whole, formats=None), "decode"):
+                plan = replace(plan, formats=None)
+        if plan.window is not None and not pays(
+            plan, replace(plan, window=None, sinks=0), "prefill" if phase == "prefill" else "decode"
+        ):
+            plan = replace(plan, window=None, sinks=0)
+        return Judgement(plan, tuple(declines), "; ".join(notes))
+
+    def _spec(self, site: AttentionSite, plan: SitePlan, phase: str) -> AttentionSpec:
+        dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
+        keys, values = (dense, dense) if phase == "prefill" or plan.formats is None else plan.formats
+        return self.make_spec(site, plan, phase, keys, values)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What remains of a plan, the declines of what does not pay, and the predicted numbers in one line."""
+
+    plan: SitePlan
+    declines: tuple[Decline, ...]
+    text: str

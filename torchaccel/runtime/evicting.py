@@ -1,0 +1,82 @@
+"""Runs eviction policies on the caches of a compiled graph: after a prompt, and after every later call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bindings import PromptBinding
+from .eviction import EvictionRecord, Prompt, Step
+from .kv import LogicalKV, compress
+from .storage import Layout
+
+
+def store_prompt(
+    layouts: tuple[Layout, Layout],
+    binding: PromptBinding,
+    results: list[Any],
+    keys: Tensor,
+    values: Tensor,
+    logical: int,
+    columns: Tensor | None,
+) -> tuple[LogicalKV, LogicalKV]:
+    """The logical keys and values of a prompt, of which the policy of ``layouts`` keeps a part.
+
+    keys, values: ``[B, H_kv, S, D]``. columns: int64 ``[B, 1, S]`` when tokens were pruned before, else None.
+    """
+    policy = layouts[0].eviction
+    assert policy is not None
+    prompt = Prompt(
+        queries=results[binding.queries_output],
+        keys=keys,
+        values=values,
+        mass=None if binding.mass_output is None else results[binding.mass_output],
+        valid=_valid(None if binding.mask_output is None else results[binding.mask_output], keys),
+        scale=binding.scale,
+        layer=binding.layer,
+        layers=binding.layers,
+        token_bytes=keys.shape[1] * sum(layout.format.token_bytes for layout in layouts),
+    )
+    kept = policy.keep(prompt)
+    where = kept[..., None].expand(-1, -1, -1, keys.shape[3])
+    if columns is not None:
+        columns = columns.expand(-1, keys.shape[1], -1).gather(2, kept)
+    stored = compress(layouts[0], keys.gather(2, where), logical, kept if columns is None else columns)
+    storage = stored.physical
+    assert storage is not None
+    room = storage.capacity - kept.shape[2]
+    state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
+    storage.record = EvictionRecord(state, policy.capacity(prompt))
+    return stored, compress(layouts[1], values.gather(2, where), logical)
+
+
+def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor, fresh: int, group: int) -> tuple[int, int]:
+    """Tell the policy of a layer what a call attended to and evict what it gives up; returns the live slots.
+
+    keys, values: as they are after the call, ``fresh`` new tokens included. mass: float32 ``[B, H_kv, C]``, see
+    ``Step``. group: query heads of a KV head.
+    """
+    storage, start, end = keys.physical, keys.start, keys.end
+    assert storage is not None and values.physical is not None
+    policy, record = storage.layout.eviction, storage.record
+    assert policy is not None and record is not None
+    step = Step(mass[..., start:end], fresh, group, record.calls + 1)
+    state = {name: x[..., start:end] for name, x in record.state.items()}
+    policy.observe(state, step)
+    record.calls += 1
+    kept = policy.evict(state, step, record.capacity)
+    if kept is None:
+        return start, end
+    storage.keep(start, end, kept, keys.shape[2])
+    values.physical.keep(start, end, kept, keys.shape[2])
+    return 0, kept.shape[2]
+
+
+def _valid(mask: Tensor | None, keys: Tensor) -> Tensor:
+    """Which tokens are no padding, bool ``[B, S]``, from the mask's last row ``[B | 1, 1, 1, S]``."""
+    if mask is None:
+        return torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allowed[:, 0, 0].expand(keys.shape[0], -1)

@@ -1,0 +1,147 @@
+"""What a policy that drops tokens from a KV cache is told, and what it decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a layer's cache stays: one of the three.
+
+    tokens: for each KV head. ratio: share of the prompt's tokens. bytes: of keys and values of one batch row and layer.
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    bytes: int | None = None
+
+    def of(self, length: int, token_bytes: float) -> int:
+        """Tokens per KV head for a prompt of ``length``; token_bytes: of one token, keys and values, all KV heads."""
+        if self.tokens is not None:
+            return self.tokens
+        if self.ratio is not None:
+            return max(1, int(self.ratio * length))
+        assert self.bytes is not None
+        return max(1, int(self.bytes / token_bytes))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A layer's prompt after its attention.
+
+    queries: ``[B, H, w, D]``, those of the last w tokens, after rotary embedding. keys, values: ``[B, H_kv, S, D]``.
+    mass: float32 ``[B, H_kv, S]``, attention each token received, summed over queries and the group's heads; None
+    unless the policy asks for it. valid: bool ``[B, S]``, False for padding. scale: of q . k. layer, layers: which one
+    of how many. token_bytes: stored bytes of a token.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    mass: Tensor | None
+    valid: Tensor
+    scale: float
+    layer: int
+    layers: int
+    token_bytes: float
+
+    def window_attention(self) -> Tensor:
+        """Attention of the last queries over the prompt: float32 ``[B, H, w, S]``, causal, rows of padding zero."""
+        heads, w = self.queries.shape[1:3]
+        tokens, group = self.keys.shape[2], heads // self.keys.shape[1]
+        q = self.queries.float().unflatten(1, (-1, group))
+        scores = torch.einsum("bhgwd,bhsd->bhgws", q, self.keys.float()).flatten(1, 2) * self.scale
+        column = torch.arange(tokens, device=q.device)
+        query = column[tokens - w :, None]
+        seen = (column <= query) & self.valid[:, None, None]
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+        return weights.masked_fill(~(seen & self.valid[:, None, tokens - w :, None]), 0.0)
+
+    def grouped(self, x: Tensor, reduce: str = "mean") -> Tensor:
+        """Scores of query heads ``[B, H, S]`` as scores of KV heads ``[B, H_kv, S]``: their "mean", "sum" or "max"."""
+        x = x.unflatten(1, (self.keys.shape[1], -1))
+        return x.amax(2) if reduce == "max" else x.mean(2) if reduce == "mean" else x.sum(2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A later call of the layer: some new tokens, appended and attended.
+
+    mass: float32 ``[B, H_kv, n]``, attention that each of the n stored tokens received, summed over the new queries and
+    the group's heads. fresh: new tokens, the last ones of the n. group: query heads of a KV head. count: calls since
+    the prompt, this one included.
+    """
+
+    mass: Tensor
+    fresh: int
+    group: int
+    count: int
+
+
+class Eviction:
+    """Which tokens of a layer's cache stay. Subclasses are frozen dataclasses: they guard compiled graphs.
+
+    The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
+    """
+
+    budget: Budget
+    last_queries: int = 0
+    prompt_mass: bool = False
+    step_mass: bool = False
+
+    def capacity(self, prompt: Prompt) -> int:
+        """Tokens of each KV head that stay after the prompt."""
+        return self.budget.of(prompt.keys.shape[2], prompt.token_bytes)
+
+    def keep(self, prompt: Prompt) -> Tensor:
+        """The tokens that stay, int64 ``[B, H_kv, n]``, ascending; all of them when the budget suffices."""
+        tokens, capacity = prompt.keys.shape[2], self.capacity(prompt)
+        if capacity >= tokens:
+            return torch.arange(tokens, device=prompt.keys.device).expand(*prompt.keys.shape[:2], -1)
+        return best(self.score(prompt).masked_fill(~prompt.valid[:, None], -torch.inf), capacity)
+
+    def score(self, prompt: Prompt) -> Tensor:
+        """How much each token of the prompt matters, float32 ``[B, H_kv, S]``; plus infinity is kept for certain."""
+        raise NotImplementedError
+
+    def state(self, prompt: Prompt, kept: Tensor) -> State:
+        """What is remembered of every kept token, tensors ``[B, H_kv, n]``; new tokens begin with zeros."""
+        return {}
+
+    def observe(self, state: State, step: Step) -> None:
+        """Update ``state`` (tensors ``[B, H_kv, n]``) in place after a call; only with ``step_mass``."""
+
+    def evict(self, state: State, step: Step, capacity: int) -> Tensor | None:
+        """The tokens that stay after a call, as ``keep`` gives them; None for all. Only with ``step_mass``."""
+        return None
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest scores ``[..., n]``, ascending."""
+    return scores.topk(min(count, scores.shape[-1]), -1).indices.sort(-1).values
+
+
+def protect(scores: Tensor, valid: Tensor, sinks: int, recent: int) -> Tensor:
+    """Scores ``[B, H, S]`` with plus infinity for the first ``sinks`` tokens of each row and the last ``recent``."""
+    tokens = scores.shape[-1]
+    early = (valid.int().cumsum(-1) <= sinks) & valid
+    late = torch.arange(tokens, device=scores.device) >= tokens - recent
+    return scores.masked_fill((early | late)[:, None], torch.inf)
+
+
+@dataclass
+class EvictionRecord:
+    """What a storage remembers for its policy between calls.
+
+    state: see ``Eviction.state``, with room for the storage's capacity. capacity: tokens that the budget allows.
+    """
+
+    state: State
+    capacity: int
+    calls: int = 0
