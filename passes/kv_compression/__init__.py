@@ -1,9 +1,27 @@
 """The methods of the kv_compression family: one file each, listed here."""
 
+from .critic import Critic
 from .h2o import H2O
 from .int2 import Int2
 from .int4 import Int4
 from .int8 import Int8
+from .lazy_eviction import LazyEviction
+from .loopserve import LoopServe
+from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
+from .streaming_llm import StreamingLLMCache
+from .tova import Tova
 
-METHODS = (Int8, Int4, Int2, SnapKV, H2O)
+METHODS = (
+    Int8,
+    Int4,
+    Int2,
+    StreamingLLMCache,
+    H2O,
+    SnapKV,
+    PyramidKV,
+    Tova,
+    LazyEviction,
+    Critic,
+    LoopServe,
+)

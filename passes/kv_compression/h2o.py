@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from torchaccel.runtime.eviction import Budget, Eviction, Prompt, State, Step, best, protect
+from torchaccel.runtime.eviction import Budget, Eviction, Prompt, State, Step, best, newest_first, protect
 
 from .evicting import EvictingMethod, EvictingOptions
 
@@ -32,6 +31,7 @@ class H2OPolicy(Eviction):
     interval: int = 16
     prompt_mass: bool = True
     step_mass: bool = True
+    grows: bool = False
 
     def score(self, prompt: Prompt) -> Tensor:
         assert prompt.mass is not None
@@ -42,15 +42,13 @@ class H2OPolicy(Eviction):
         return {"received": prompt.mass.gather(2, kept)}
 
     def observe(self, state: State, step: Step) -> None:
+        assert step.mass is not None
         state["received"] += step.mass
 
     def evict(self, state: State, step: Step, capacity: int) -> Tensor | None:
-        received = state["received"]
-        stored = received.shape[-1]
-        if stored < capacity + self.interval:
+        if step.stored < capacity + self.interval:
             return None
-        recent = torch.arange(stored, device=received.device) >= stored - self._recent(capacity)
-        return best(received.masked_fill(recent, torch.inf), capacity)
+        return best(newest_first(state["received"], self._recent(capacity)), capacity)
 
     def _recent(self, capacity: int) -> int:
         return min(capacity, max(1, round(self.recent * capacity)))

@@ -272,10 +272,11 @@ class AttentionLowering:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             assert received is not None
-            binding = replace(binding, mass_output=self._extra_output(received), group=spec.group)
+            binding = replace(binding, mass_output=self._extra_output(received))
         else:
             self._replace(site, torch.ops.torchaccel.attend.default, (*args, choice.key()))
-        self.appends.append(binding)
+        evicts = policy is not None and not policy.grows
+        self.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
 
     def _buffer(self, past: Node, layout: Layout) -> Node:

@@ -16,7 +16,7 @@ from .symbols import visible_pairs
 Method = Mapping[str, Any]
 Methods = Mapping[str, Method | Sequence[Method]]
 
-EVICTING = ("snapkv", "h2o")
+EVICTING = ("streaming_llm", "h2o", "snapkv", "pyramidkv", "tova", "lazy_eviction", "critic", "loopserve")
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),

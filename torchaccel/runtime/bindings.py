@@ -30,8 +30,8 @@ class AppendBinding:
     key_argument, value_argument: positions of the past keys and values among the graph's arguments. key_output,
     value_output: positions of the updated ones among its results. key_layout, value_layout: for plain tensors that a
     cache brings along. window: tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does
-    not run; only the logical length advances. mass_output: result that holds the attention every slot received, for
-    layouts that evict after a call; group: query heads of a KV head.
+    not run; only the logical length advances. evicts: tokens may go after a call. mass_output: result that holds the
+    attention every slot received, where the policy wants it; group: query heads of a KV head.
     """
 
     key_argument: int
@@ -44,6 +44,7 @@ class AppendBinding:
     window: int | None = None
     positions: bool = False
     skipped: bool = False
+    evicts: bool = False
     mass_output: int | None = None
     group: int = 1
 

@@ -45,7 +45,7 @@ class CompiledGraph:
         for position, value in zip(bindings.results, produced, strict=True):
             results[position] = value
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
-            if append.mass_output is not None:
+            if append.evicts:
                 self._settle(append, args, results, keys, values)
         for store in bindings.stores:
             self._store(store, args, results)
@@ -95,9 +95,10 @@ class CompiledGraph:
     def _settle(
         self, binding: AppendBinding, args: tuple[Any, ...], results: list[Any], keys: LogicalKV, values: LogicalKV
     ) -> None:
-        assert keys.physical is not None and values.physical is not None and binding.mass_output is not None
+        assert keys.physical is not None and values.physical is not None
         fresh, logical = binding.tokens.of(args), keys.shape[2]
-        start, end = settle(keys, values, results[binding.mass_output], fresh, binding.group)
+        mass = None if binding.mass_output is None else results[binding.mass_output]
+        start, end = settle(keys, values, mass, fresh, binding.group)
         if end != keys.end:
             results[binding.key_output] = view(keys.physical, start, end, logical)
             results[binding.value_output] = view(values.physical, start, end, logical)

@@ -52,7 +52,7 @@ def store_prompt(
     return stored, compress(layouts[1], values.gather(2, where), logical)
 
 
-def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor, fresh: int, group: int) -> tuple[int, int]:
+def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor | None, fresh: int, group: int) -> tuple[int, int]:
     """Tell the policy of a layer what a call attended to and evict what it gives up; returns the live slots.
 
     keys, values: as they are after the call, ``fresh`` new tokens included. mass: float32 ``[B, H_kv, C]``, see
@@ -62,7 +62,8 @@ def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor, fresh: int, group: 
     assert storage is not None and values.physical is not None
     policy, record = storage.layout.eviction, storage.record
     assert policy is not None and record is not None
-    step = Step(mass[..., start:end], fresh, group, record.calls + 1)
+    received = None if mass is None else mass[..., start:end]
+    step = Step(received, end - start, fresh, group, record.calls + 1)
     state = {name: x[..., start:end] for name, x in record.state.items()}
     policy.observe(state, step)
     record.calls += 1

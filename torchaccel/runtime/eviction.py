@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+# As ``last_queries``: all of them.
+EVERY_QUERY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,18 @@ class Prompt:
     layers: int
     token_bytes: float
 
-    def window_attention(self) -> Tensor:
-        """Attention of the last queries over the prompt: float32 ``[B, H, w, S]``, causal, rows of padding zero."""
+    def window_attention(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Attention of queries ``first .. last`` over the prompt: float32 ``[B, H, n, S]``, rows of padding zero."""
         heads, w = self.queries.shape[1:3]
+        last = w if last is None else min(last, w)
         tokens, group = self.keys.shape[2], heads // self.keys.shape[1]
-        q = self.queries.float().unflatten(1, (-1, group))
+        q = self.queries[:, :, first:last].float().unflatten(1, (-1, group))
         scores = torch.einsum("bhgwd,bhsd->bhgws", q, self.keys.float()).flatten(1, 2) * self.scale
         column = torch.arange(tokens, device=q.device)
-        query = column[tokens - w :, None]
+        query = column[tokens - w + first : tokens - w + last, None]
         seen = (column <= query) & self.valid[:, None, None]
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
-        return weights.masked_fill(~(seen & self.valid[:, None, tokens - w :, None]), 0.0)
+        return weights.masked_fill(~(seen & self.valid[:, query.squeeze(1)][:, None, :, None]), 0.0)
 
     def grouped(self, x: Tensor, reduce: str = "mean") -> Tensor:
         """Scores of query heads ``[B, H, S]`` as scores of KV heads ``[B, H_kv, S]``: their "mean", "sum" or "max"."""
@@ -74,11 +77,12 @@ class Step:
     """A later call of the layer: some new tokens, appended and attended.
 
     mass: float32 ``[B, H_kv, n]``, attention that each of the n stored tokens received, summed over the new queries and
-    the group's heads. fresh: new tokens, the last ones of the n. group: query heads of a KV head. count: calls since
-    the prompt, this one included.
+    the group's heads; None unless the policy asks for it. stored: n. fresh: new tokens, the last ones of the n. group:
+    query heads of a KV head. count: calls since the prompt, this one included.
     """
 
-    mass: Tensor
+    mass: Tensor | None
+    stored: int
     fresh: int
     group: int
     count: int
@@ -88,12 +92,15 @@ class Eviction:
     """Which tokens of a layer's cache stay. Subclasses are frozen dataclasses: they guard compiled graphs.
 
     The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
+    last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
+    receive is. grows: nothing is evicted after the prompt.
     """
 
     budget: Budget
     last_queries: int = 0
     prompt_mass: bool = False
     step_mass: bool = False
+    grows: bool = True
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""
@@ -115,16 +122,22 @@ class Eviction:
         return {}
 
     def observe(self, state: State, step: Step) -> None:
-        """Update ``state`` (tensors ``[B, H_kv, n]``) in place after a call; only with ``step_mass``."""
+        """Update ``state`` (tensors ``[B, H_kv, n]``) in place after a call, unless the cache ``grows``."""
 
     def evict(self, state: State, step: Step, capacity: int) -> Tensor | None:
-        """The tokens that stay after a call, as ``keep`` gives them; None for all. Only with ``step_mass``."""
+        """The tokens that stay after a call, as ``keep`` gives them; None for all."""
         return None
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` largest scores ``[..., n]``, ascending."""
-    return scores.topk(min(count, scores.shape[-1]), -1).indices.sort(-1).values
+    """Places of the ``count`` largest scores ``[..., n]``, ascending; of equal scores the earlier places win."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+
+
+def newest_first(scores: Tensor, count: int) -> Tensor:
+    """Scores ``[..., n]`` with plus infinity for the last ``count``: later slots hold newer tokens."""
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(place >= scores.shape[-1] - count, torch.inf)
 
 
 def protect(scores: Tensor, valid: Tensor, sinks: int, recent: int) -> Tensor:

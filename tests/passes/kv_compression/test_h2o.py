@@ -59,7 +59,7 @@ def test_worked_example():
     kept = policy.keep(first)
     assert kept.tolist() == [[[0, 1, 4, 5]]]
     state = {name: torch.nn.functional.pad(x, (0, 1)) for name, x in policy.state(first, kept).items()}
-    step = Step(torch.tensor([[[0.1, 0.3, 0.1, 0.2, 0.3]]]), 1, 1, 1)
+    step = Step(torch.tensor([[[0.1, 0.3, 0.1, 0.2, 0.3]]]), 5, 1, 1, 1)
     policy.observe(state, step)
     torch.testing.assert_close(state["received"], torch.tensor([[[2.25, 1.75, 0.5, 0.4, 0.3]]]))
     assert policy.evict(state, step, 4).tolist() == [[[0, 1, 3, 4]]]
