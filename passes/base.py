@@ -48,6 +48,7 @@ class Reason(Enum):
     UNEQUAL_HEAD_DIMS = "keys and values have different head dimensions"
     UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
+    UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
     OUT_OF_FUEL = "TORCHACCEL_FUEL is used up"

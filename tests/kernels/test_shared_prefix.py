@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchaccel.kernels import kv_format, reference, registry, shared_prefix
-from torchaccel.kernels.candidates import Candidate, candidates
+from torchaccel.kernels.candidates import Candidate, build, candidates
 from torchaccel.kernels.shared_prefix import Level, Part
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 
@@ -30,7 +30,10 @@ def test_levels_are_concatenated_attention(dtype: str, new: int, implementation:
     torch.manual_seed(new)
     fmt = KVFormat("dense", dtype, DIM)
     spec = AttentionSpec("decode", DIM, GROUP, dtype, fmt, fmt, DIM**-0.5)
-    candidate = candidates(replace(spec, lse=True), "cpu")[0] if implementation == "seed" else Candidate("reference")
+    kernels = [
+        build(part, candidates(part, "cpu")[0] if implementation == "seed" else Candidate("reference"))
+        for part in shared_prefix.specs(spec)
+    ]
     typed = DTYPES[dtype]
 
     def tokens(entries: int, n: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +45,7 @@ def test_levels_are_concatenated_attention(dtype: str, new: int, implementation:
     own, fresh = tokens(BATCH, 5), tokens(BATCH, new)
     q = torch.randn(BATCH, HEADS * GROUP, new, DIM).to(typed)
     got = shared_prefix.attend(
-        spec, candidate, levels, q, *fresh, *(stored(fmt, t, new + 3) for t in own), torch.tensor([0, 5, 5])
+        *kernels, levels, q, *fresh, *(stored(fmt, t, new + 3) for t in own), torch.tensor([0, 5, 5])
     )
     whole = [
         torch.cat([*(pair[i].repeat_interleave(BATCH // pair[i].shape[0], 0) for pair in pairs), own[i]], 2)
@@ -73,8 +76,11 @@ def test_errors() -> None:
     level = Level(torch.zeros(3, 1, 4, DIM), torch.zeros(3, 1, 4, DIM), 4)
     q = torch.zeros(4, 1, 1, DIM)
     rest = (q, q, q, q, q, torch.tensor([0, 0, 0]))
-    with pytest.raises(ValueError, match="no windows, lists"):
-        shared_prefix.attend(spec, Candidate("reference"), [level], *rest)
+    with pytest.raises(ValueError, match="a window of 8 tokens reaches into the prefix"):
+        shared_prefix.specs(spec)
+    with pytest.raises(ValueError, match="no lists"):
+        shared_prefix.specs(replace(spec, window=None, positions=True))
+    kernels = [build(part, Candidate("reference")) for part in shared_prefix.specs(replace(spec, window=None))]
     with pytest.raises(ValueError, match="3 prefixes cannot be shared evenly by 4 rows"):
-        shared_prefix.attend(replace(spec, window=None), Candidate("reference"), [level], *rest)
+        shared_prefix.attend(*kernels, [level], *rest)
     assert q.device == CPU
