@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, registry
+from . import kv_format, registry, shared_prefix
 from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
+from .shared_prefix import Level
 from .spec import AttentionSpec, LinearSpec
 
 # Output, log-sum-exp, mass.
@@ -22,6 +23,8 @@ _SCHEMAS = {
     "Tensor(c!)? positions, str plan) -> Tensor",
     "attend_with": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> (Tensor, Tensor, Tensor)",
+    "attend_shared": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor[] prefixes, str plan, str prefix_plan) -> Tensor",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
@@ -45,6 +48,7 @@ def library() -> torch.library.Library:
     for key in ("CPU", "CUDA"):
         lib.impl("attend", _attend, key)
         lib.impl("attend_with", _attend_with, key)
+        lib.impl("attend_shared", _attend_shared, key)
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
@@ -53,7 +57,7 @@ def library() -> torch.library.Library:
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
-    for name in ("attend", "attend_static", "attend_prompt"):
+    for name in ("attend", "attend_shared", "attend_static", "attend_prompt"):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
@@ -118,6 +122,25 @@ def _attend_with(
     run = registry.attend(plan)
     results = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)
     return _three(results, Plan.from_key(plan).spec)
+
+
+def _attend_shared(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    prefixes: list[Tensor],
+    plan: str,
+    prefix_plan: str,
+) -> Tensor:
+    """lens: int64 ``[1 + levels, 3]``, of the own buffers and of each prefix; prefixes: keys, values of every level."""
+    tokens = [end for _, end, _ in lens.tolist()[1:]]
+    levels = [Level(*level) for level in zip(prefixes[::2], prefixes[1::2], tokens, strict=True)]
+    kernels = registry.attend(plan), registry.attend(prefix_plan)
+    return shared_prefix.attend(*kernels, levels, q, k_new, v_new, k_buf, v_buf, lens[0], mask)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .candidates import Candidate, build
 from .spec import AttentionSpec
 
 
@@ -32,9 +31,30 @@ class Level:
         return self.keys.shape[0]
 
 
+def unsupported(spec: AttentionSpec) -> str | None:
+    """Why attention of ``spec`` cannot read a prefix apart from the rest, in one line; None when it can."""
+    if spec.window is not None:
+        return f"a window of {spec.window} tokens reaches into the prefix"
+    if spec.index != "contiguous" or spec.mass or spec.positions or spec.head_windows:
+        return "a shared prefix is read whole: no lists, positions, windows of heads or mass"
+    return None
+
+
+def specs(spec: AttentionSpec) -> tuple[AttentionSpec, AttentionSpec]:
+    """The specs of the two kernels that ``spec`` is made of: over the rows' own tokens, and over a prefix.
+
+    Every query comes after the prefix, which is attended without a causal mask. Raises ``ValueError`` for specs whose
+    windows or lists would reach into a prefix.
+    """
+    reason = unsupported(spec)
+    if reason is not None:
+        raise ValueError(f"{reason}; found {spec.key()}")
+    return replace(spec, lse=True), replace(spec, lse=True, causal=False)
+
+
 def attend(
-    spec: AttentionSpec,
-    candidate: Candidate,
+    own: Callable[..., Any],
+    shared: Callable[..., Any],
     levels: Sequence[Level],
     q: Tensor,
     k_new: Tensor,
@@ -46,36 +66,34 @@ def attend(
 ) -> Tensor:
     """Append to the rows' own buffers and attend to every level and to them (Hydragen, arXiv 2402.05099). Exact.
 
-    q: ``[B, H, Q, D]``. k_new, v_new, k_buf, v_buf, lens: as in ``reference.decode_attention``, of the tokens behind
-    the prefixes; the mask's columns are those tokens. candidate: who runs each part. Every query comes after the
-    prefixes, so those are attended without a causal mask, with the queries of the rows that share one stacked: a
+    own, shared: kernels of the two ``specs``. q: ``[B, H, Q, D]``. k_new, v_new, k_buf, v_buf, lens: as in
+    ``reference.decode_attention``, of the tokens behind the prefixes. mask: ``[B | 1, H | 1, Q, columns]``, columns of
+    the levels first. The queries of the rows that share a prefix are stacked, each with its own row of the mask: a
     prefix costs its bytes once for each entry instead of once for each row. Returns ``[B, H, Q, D]`` in q's dtype.
-    Raises ``ValueError`` for specs whose windows or lists would reach into a prefix, and for batches that the entries
-    do not divide.
+    Raises ``ValueError`` for batches that the entries do not divide.
     """
-    if spec.window is not None or spec.index != "contiguous" or spec.mass or spec.positions:
-        raise ValueError(f"a shared prefix is read whole: no windows, lists, positions or mass; found {spec.key()}")
-    batch = q.shape[0]
-    own = build(replace(spec, lse=True), candidate)
-    shared = build(replace(spec, lse=True, causal=False, mask="none"), candidate)
+    batch, first = q.shape[0], 0
     parts: list[Part] = []
     for level in levels:
         if batch % level.entries:
             raise ValueError(f"{level.entries} prefixes cannot be shared evenly by {batch} rows")
         if level.tokens:
+            seen = None if mask is None else mask[..., first : first + level.tokens].expand(batch, -1, -1, -1)
+            seen = None if seen is None else _stacked(seen, level.entries)
             lens_of_level = torch.tensor([0, level.tokens, level.tokens])
             stacked = _stacked(q, level.entries)
-            out, lse = shared(stacked, None, None, level.keys, level.values, lens_of_level, None, None)
+            out, lse = shared(stacked, None, None, level.keys, level.values, lens_of_level, seen, None)
             parts.append(Part(out, lse, batch // level.entries))
-    out, lse = own(q, k_new, v_new, k_buf, v_buf, lens, mask, None)
+            first += level.tokens
+    out, lse = own(q, k_new, v_new, k_buf, v_buf, lens, None if mask is None else mask[..., first:], None)
     parts.append(Part(out, lse, 1))
     return registry.merge(q.device.type)(parts, q)
 
 
-def _stacked(q: Tensor, entries: int) -> Tensor:
-    """Queries of the rows that share an entry one after another: ``[entries, H, B / entries * Q, D]``."""
-    batch, heads, n, dim = q.shape
-    rows = q.unflatten(0, (entries, batch // entries)).transpose(1, 2)
+def _stacked(x: Tensor, entries: int) -> Tensor:
+    """``[B, H, Q, D]`` with the rows that share an entry one after another: ``[entries, H, B / entries * Q, D]``."""
+    batch, heads, n, dim = x.shape
+    rows = x.unflatten(0, (entries, batch // entries)).transpose(1, 2)
     return rows[:, :, :, 0] if n == 1 else rows.reshape(entries, heads, batch // entries * n, dim)
 
 

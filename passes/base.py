@@ -51,6 +51,7 @@ class Reason(Enum):
     UNEQUAL_HEAD_DIMS = "keys and values have different head dimensions"
     UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
+    UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
     SLOWER = "the cost model predicts no length at which it is faster than the exact site; gate=False keeps it"

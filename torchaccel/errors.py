@@ -19,6 +19,10 @@ class EvictedTokensError(TorchaccelError, RuntimeError):
     """A compressed KV cache was read as if it still held every token."""
 
 
+class SharedPrefixError(TorchaccelError, RuntimeError):
+    """The keys and the values of a layer share different prefixes."""
+
+
 class PeerError(TorchaccelError, RuntimeError):
     """A process that runs a baseline in an environment of its own hung, died or answered nonsense."""
 

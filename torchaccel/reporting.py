@@ -76,6 +76,7 @@ class Report:
         """Everything that was asked for and not done, with its reason."""
         lines = [f"{r.phase}: {r.declined}" for r in self.records if r.declined]
         lines += [f"{r.phase}: the graph ends at a break: {r.graph_break}" for r in self.records if r.graph_break]
+        lines += [f"{r.phase}: shared prefix: {reason}" for r in self.records for reason in sorted(r.counter.unshared)]
         lines += [f"{r.phase}: {p.name}: {d}" for r in self.records for p in r.passes for d in p.declines]
         return list(dict.fromkeys(lines))
 

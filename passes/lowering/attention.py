@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torchaccel.kernels import ops
+from torchaccel.kernels import ops, shared_prefix
 from torchaccel.kernels.candidates import unsupported
 from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
@@ -18,7 +18,7 @@ from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
-from torchaccel.runtime.kv import LogicalKV, compress
+from torchaccel.runtime.kv import LogicalKV, compress, prefix_names
 from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
@@ -247,6 +247,14 @@ class AttentionLowering:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
             layouts = self._layouts(site, replace(plan, eviction=None))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
+        spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
+        policy = layouts[0].eviction
+        mass = policy is not None and policy.step_mass
+        spec = replace(spec, positions=layouts[0].positions, mass=mass)
+        unshared = None if skipped else _unshared(spec, keys.window, layouts)
+        if unshared is not None:
+            self.declines.append(Decline(site.name, Reason.UNSHARED_PREFIX, unshared))
+            layouts = replace(layouts[0], prefixes=0), replace(layouts[1], prefixes=0)
         self.removed.update(outputs)
         binding = AppendBinding(
             *arguments, *outputs, *layouts, tokens, keys.window, layouts[0].positions and not skipped, skipped
@@ -255,14 +263,13 @@ class AttentionLowering:
             self.appends.append(binding)
             self.sites.append(LoweredSite(site.name, "skipped", "empty"))
             return
-        spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
-        policy = layouts[0].eviction
-        mass = policy is not None and policy.step_mass
-        spec = replace(spec, positions=layouts[0].positions, mass=mass)
         buffers = [self._buffer(past, layout) for past, layout in zip((keys.past, values.past), layouts, strict=True)]
         positions = self._placeholder(f"{keys.past.name}_positions") if spec.positions else None
         if positions is not None:
             self.inputs.append(self._inner(keys.past, layouts[0], "positions"))
+        if layouts[0].prefixes:
+            self._attend_shared(site, plan, spec, buffers, layouts)
+            return
         lens = self._placeholder(f"{keys.past.name}_lens")
         self.inputs.append(torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
@@ -279,9 +286,38 @@ class AttentionLowering:
         self.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
 
-    def _buffer(self, past: Node, layout: Layout) -> Node:
-        node = self._placeholder(f"{past.name}_buffer")
-        self.inputs.append(self._inner(past, layout, "buf"))
+    def _attend_shared(
+        self,
+        site: AttentionSite,
+        plan: SitePlan,
+        spec: AttentionSpec,
+        buffers: list[Node],
+        layouts: tuple[Layout, Layout],
+    ) -> None:
+        """Attention of rows whose caches share prefixes: these are read once for all of their rows."""
+        keys, values = site.key_cache.past, site.value_cache.past
+        assert keys is not None and values is not None
+        names = prefix_names(layouts[0])
+        prefixes: list[Node] = []
+        for name in names:
+            prefixes += [self._buffer(keys, layouts[0], name), self._buffer(values, layouts[1], name)]
+        lens = self._placeholder(f"{keys.name}_lens")
+        self.inputs.append(torch.zeros(1 + len(names), 3, dtype=torch.int64))
+        own, shared = shared_prefix.specs(spec)
+        # Which of the tokens are whose is data: for the choice, they are thought to be in the prefix.
+        shape = self._shape(site, _size(_fake(keys).shape[2]))
+        entries = [_size(getattr(_fake(keys), name).shape[0]) for name in names]
+        rows = [shape.batch // count for count in entries]
+        of_prefix = replace(shape, batch=entries[0], queries=shape.queries * rows[0])
+        choice, of_own = self.chooser.plan(shared, of_prefix), self.chooser.plan(own, shape)
+        args = (site.q, site.key_cache.new, site.value_cache.new, *buffers, lens, site.mask, prefixes)
+        self._replace(site, torch.ops.torchaccel.attend_shared.default, (*args, of_own.key(), choice.key()))
+        layout = f"{_describe(layouts[0])}, shared prefix of {' and of '.join(str(count) for count in rows)} rows"
+        self._note(site, choice, of_prefix, layout, plan)
+
+    def _buffer(self, past: Node, layout: Layout, name: str = "buf") -> Node:
+        node = self._placeholder(f"{past.name}_{name}")
+        self.inputs.append(self._inner(past, layout, name))
         return node
 
     def _inner(self, past: Node, layout: Layout, name: str) -> Any:
@@ -366,6 +402,17 @@ class AttentionLowering:
 def _cache_or_length(node: Node) -> bool:
     value = node.meta.get("example_value")
     return isinstance(value, (LogicalKV, torch.SymInt, int)) or "past_key_values" in node.name
+
+
+def _unshared(spec: AttentionSpec, window: int | None, layouts: tuple[Layout, Layout]) -> str | None:
+    """Why the prefixes that a layer's rows share have to be copied; None when there are none, or when they need not."""
+    if not any(layout.prefixes for layout in layouts):
+        return None
+    if layouts[0].prefixes != layouts[1].prefixes:
+        return "keys and values share different prefixes"
+    if window is not None:
+        return f"the layer keeps a sliding window of {window} tokens"
+    return shared_prefix.unsupported(spec)
 
 
 def _describe(layout: Layout) -> str:

@@ -53,6 +53,8 @@ class TestKeepsLayout:
             (kv[torch.tensor([True, False]), ...], x[:1]),
             (kv.clone(), x),
             (kv.detach(), x),
+            (kv.repeat_interleave(2, dim=0), x.repeat_interleave(2, 0)),
+            (kv[rows[1:2], ...].repeat(3, 1, 1, 1), x[:1].repeat(3, 1, 1, 1)),
             (kv.to("cpu"), x),
             (copy.deepcopy(kv), x),
         ):
@@ -62,7 +64,7 @@ class TestKeepsLayout:
     def test_anything_else_reads_the_tokens(self, layout):
         x = tokens(70)
         kv = compress(layout, x)
-        for got, expected in ((kv + 0, x), (kv.repeat_interleave(2, dim=0), x.repeat_interleave(2, 0)), (kv[0], x[0])):
+        for got, expected in ((kv + 0, x), (kv.repeat_interleave(2, dim=1), x.repeat_interleave(2, 1)), (kv[0], x[0])):
             assert not isinstance(got, LogicalKV)
             close(layout, got, expected)
         assert kv.to(torch.bfloat16).dtype == torch.bfloat16 and kv.numel() == x.numel()

@@ -28,10 +28,11 @@ class AppendBinding:
     """A layer that appends to its cache in this graph.
 
     key_argument, value_argument: positions of the past keys and values among the graph's arguments. key_output,
-    value_output: positions of the updated ones among its results. key_layout, value_layout: for plain tensors that a
-    cache brings along. window: tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does
-    not run; only the logical length advances. evicts: tokens may go after a call. mass_output: result that holds the
-    attention every slot received, where the policy wants it; group: query heads of a KV head.
+    value_output: positions of the updated ones among its results. key_layout, value_layout: what the graph was compiled
+    for; plain tensors that a cache brings along are stored so, and prefixes that it does not share are copied. window:
+    tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
+    length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
+    received, where the policy wants it; group: query heads of a KV head.
     """
 
     key_argument: int
@@ -47,6 +48,11 @@ class AppendBinding:
     evicts: bool = False
     mass_output: int | None = None
     group: int = 1
+
+    @property
+    def prefixes(self) -> int:
+        """Number of shared prefixes whose buffers the graph takes."""
+        return self.key_layout.prefixes
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,9 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned) and lens. results: for each result of the compiled graph its position
-    among the model's; positions from ``result_count`` on are for the stores only.
+    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, and lens (int64 ``[3]``,
+    with prefixes ``[1 + prefixes, 3]``). results: for each result of the compiled graph its position among the model's;
+    positions from ``result_count`` on are for the stores only.
     """
 
     arguments: tuple[int, ...]

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchaccel.errors import SharedPrefixError
+
 from .bindings import AppendBinding, Bindings, StoreBinding
 from .evicting import settle, store_prompt
-from .kv import LogicalKV, compress, view, writable
-from .storage import Layout
+from .kv import LogicalKV, compress, unshared, view, writable
+from .storage import Layout, Storage
 
 
 class CallCounter:
-    """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call."""
+    """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
+
+    unshared: why rows that begin alike came with, or were given, copies of what they could have shared.
+    """
 
     def __init__(self) -> None:
+        self.unshared: set[str] = set()
         self.calls = 0
         self.seconds = 0.0
         self.kv_bytes = 0
@@ -39,7 +45,7 @@ class CompiledGraph:
         bindings = self.bindings
         inputs = [plain(args[i]) for i in bindings.arguments]
         results: list[Any] = [None] * self.slots
-        lens: dict[tuple[int, int, int], Tensor] = {}
+        lens: dict[tuple[int, ...], Tensor] = {}
         appended = [self._append(append, args, inputs, results, lens) for append in bindings.appends]
         produced = self.compiled(*inputs)
         for position, value in zip(bindings.results, produced, strict=True):
@@ -50,7 +56,8 @@ class CompiledGraph:
         for store in bindings.stores:
             self._store(store, args, results)
         self.counter.calls += 1
-        self.counter.kv_bytes = sum(t.physical.nbytes for t in results if isinstance(t, LogicalKV) and t.physical)
+        caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
+        self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
         self.counter.seconds += time.perf_counter() - began
         return results[: bindings.result_count]
 
@@ -60,12 +67,16 @@ class CompiledGraph:
         args: tuple[Any, ...],
         inputs: list[Any],
         results: list[Any],
-        lens: dict[tuple[int, int, int], Tensor],
+        lens: dict[tuple[int, ...], Tensor],
     ) -> tuple[LogicalKV, LogicalKV]:
         keys, values = args[binding.key_argument], args[binding.value_argument]
         n = binding.tokens.of(args)
         if not isinstance(keys, LogicalKV) or not isinstance(values, LogicalKV):
             keys, values = adopt(keys, binding.key_layout), adopt(values, binding.value_layout)
+        if not binding.prefixes:
+            keys, values = unshared(keys), unshared(values)
+        if keys.physical is not None and keys.physical.unshared is not None:
+            self.counter.unshared.add(keys.physical.unshared)
         keys, values = writable_pair(keys, values, n)
         logical = keys.shape[2]
         key_storage, value_storage = keys.physical, values.physical
@@ -73,12 +84,15 @@ class CompiledGraph:
         if binding.skipped:
             end = keys.end
         else:
-            lengths = (keys.start, keys.end, logical)
-            if lengths not in lens:
-                lens[lengths] = torch.tensor(lengths, dtype=torch.int64)
+            lengths: tuple[int, ...] = (keys.start, keys.end, logical - key_storage.offset)
             inputs += [key_storage.buf, value_storage.buf]
             if binding.positions:
                 inputs.append(key_storage.positions)
+            if binding.prefixes:
+                lengths += prefixes(key_storage, value_storage, inputs)
+            if lengths not in lens:
+                found = torch.tensor(lengths, dtype=torch.int64)
+                lens[lengths] = found.view(-1, 3) if binding.prefixes else found
             inputs.append(lens[lengths])
             end = keys.end + n
             key_storage.filled = value_storage.filled = end
@@ -120,6 +134,21 @@ class CompiledGraph:
                 compress(layouts[1], values, logical),
             )
         results[outputs[0]], results[outputs[1]] = stored
+
+
+def prefixes(keys: Storage, values: Storage, inputs: list[Any]) -> tuple[int, ...]:
+    """Append the buffers of what the rows share to ``inputs``; returns the lens of each prefix, one after another."""
+    lengths: list[int] = []
+    for key, value in zip(keys.prefixes, values.prefixes, strict=True):
+        if key.tokens != value.tokens or key.entries != value.entries:
+            raise SharedPrefixError(
+                f"asked to attend to keys that share prefixes of {key.tokens} tokens and values that share prefixes of "
+                f"{value.tokens}; select and crop the keys and the values of a cache alike, or pass the model "
+                "torchaccel.to_dense(cache)"
+            )
+        inputs += [key.storage.buf, value.storage.buf]
+        lengths += [0, key.tokens, key.tokens]
+    return tuple(lengths)
 
 
 def plain(argument: Any) -> Any:

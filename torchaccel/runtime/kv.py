@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torchaccel.errors import EvictedTokensError
 from torchaccel.kernels.spec import DTYPES
 
+from .prefix import flatten, moved, read, take_rows
 from .storage import Layout, Storage, store
 
 aten = torch.ops.aten
@@ -21,9 +22,10 @@ class LogicalKV(Tensor):
     """The keys or values of one layer, ``[B, H_kv, S, D]`` as far as anyone can see.
 
     ``physical`` holds what the layout keeps of them in slots ``start .. end``. Without positions slot ``start + j`` is
-    column j; with positions fewer than S tokens are stored. Slicing the sequence, selecting or repeating batch rows,
-    ``clone``, ``detach`` and ``to`` keep the layout; any other operation reads the tokens back, or raises
-    ``EvictedTokensError`` when some are gone.
+    column j, or the j-th behind the tokens of shared prefixes; with positions fewer than S tokens are stored. Slicing
+    the sequence, selecting or repeating batch rows, ``clone``, ``detach`` and ``to`` keep the layout, except that rows
+    that are repeated share their tokens from then on, as ``prefix0``, ``prefix1``; any other operation reads the tokens
+    back, or raises ``EvictedTokensError`` when some are gone.
     """
 
     physical: Storage | None
@@ -36,8 +38,10 @@ class LogicalKV(Tensor):
     generation: int
 
     @staticmethod
-    def __new__(cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any) -> LogicalKV:
-        """Wrap ``buf``; ``size`` is the logical shape."""
+    def __new__(
+        cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any, prefixes: Sequence[Tensor] = ()
+    ) -> LogicalKV:
+        """Wrap ``buf``; ``size`` is the logical shape, ``prefixes`` the buffers of what the rows share."""
         wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
         )
@@ -45,6 +49,8 @@ class LogicalKV(Tensor):
         wrapper.buf = buf
         wrapper.positions = positions
         wrapper.physical = None
+        for name, prefix in zip(prefix_names(layout), prefixes, strict=True):
+            setattr(wrapper, name, prefix)
         return wrapper
 
     # The wrapper's attributes are all set in __new__: Tensor.__init__ must not see them.
@@ -52,17 +58,25 @@ class LogicalKV(Tensor):
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], Layout]:
-        return (["buf"] if self.positions is None else ["buf", "positions"]), self.kv_layout
+        names = ["buf"] if self.positions is None else ["buf", "positions"]
+        return names + prefix_names(self.kv_layout), self.kv_layout
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
-        return LogicalKV(layout, inner["buf"], inner.get("positions"), size)
+        prefixes = [inner[name] for name in prefix_names(layout)]
+        return LogicalKV(layout, inner["buf"], inner.get("positions"), size, prefixes)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # A tensor's own way copies all attributes: the storage, and all that share it.
+        if self.physical is None:
+            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        return memo.setdefault(id(self), self.clone())
 
     def __getitem__(self, index: Any) -> Any:
         # A slice made by the dispatcher would be an autograd view of this tensor, and Dynamo cannot take views of
@@ -77,18 +91,34 @@ class LogicalKV(Tensor):
                 return cropped
         return super().__getitem__(index)
 
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
+        """As of a tensor; along the batch the rows that are equal share their tokens."""
+        # The dispatcher would show it in pieces, of which the first is a view.
+        if self.physical is not None and dim in (0, -4) and isinstance(repeats, int) and repeats > 0:
+            return _repeated(self, repeats)
+        return super().repeat_interleave(repeats, dim, **kwargs)
+
+    def expand(self, *sizes: Any) -> Any:
+        """As of a tensor; a single row that is expanded is shared."""
+        size = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        whole = len(size) == 4 and all(n in (-1, own) for n, own in zip(size[1:], self.shape[1:], strict=True))
+        if self.physical is not None and whole and self.shape[0] == 1 and size[0] > 0:
+            return _repeated(self, size[0])
+        return super().expand(*sizes)
+
     def dense(self) -> Tensor:
         """The tokens as a plain tensor ``[B, H_kv, S, D]``; raises ``EvictedTokensError`` when some are gone."""
         if self.physical is None:
             # Tracing with fake tensors: only shape, dtype and device exist.
             return self.buf.new_empty(self.shape, dtype=self.dtype)
-        if self.end - self.start != self.shape[2]:
+        kept = self.physical.offset + self.end - self.start
+        if kept != self.shape[2]:
             raise EvictedTokensError(
-                f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {self.end - self.start} of them "
+                f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {kept} of them "
                 f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.pruned else ''}); pass this "
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
-        return live(self).read(self.start, self.end, self.age)
+        return read(live(self), self.start, self.end, self.age)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -109,13 +139,18 @@ class LogicalKV(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
+def prefix_names(layout: Layout) -> list[str]:
+    """The attributes of a logical tensor that hold the buffers of its shared prefixes."""
+    return [f"prefix{index}" for index in range(layout.prefixes)]
+
+
 def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     """A logical tensor of length ``logical`` over slots ``start .. end``, marked dynamic for Dynamo."""
     buf = storage.buf
     size = (buf.shape[0], buf.shape[1], logical, storage.layout.format.head_dim)
     # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
     with torch.inference_mode(False):
-        kv = LogicalKV(storage.layout, buf, storage.positions, size)
+        kv = LogicalKV(storage.layout, buf, storage.positions, size, [p.storage.buf for p in storage.prefixes])
     kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
     kv.generation = storage.generation
     storage.views[id(kv)] = kv
@@ -149,16 +184,28 @@ def live(kv: LogicalKV) -> Storage:
 
 
 def writable(kv: LogicalKV, room: int, *, copy: bool = False) -> LogicalKV:
-    """``kv`` itself with ``room`` free slots behind it, or a copy when the buffer is full or was overwritten since."""
+    """``kv`` itself with ``room`` free slots behind it, or a copy when the buffer is full or was overwritten since.
+
+    A buffer that rows of another tensor read as their prefix is copied, too; prefixes are not.
+    """
     storage = live(kv)
     if storage.layout.format.kind == "empty":
         return kv
-    if not copy and kv.end + room <= storage.capacity and storage.intact(kv.end, kv.age):
+    if not copy and not storage.readers and kv.end + room <= storage.capacity and storage.intact(kv.end, kv.age):
         storage.truncate(kv.end)
         kv.age = len(storage.cuts)
         return kv
     new, start = storage.copy(kv.start, kv.end, room, age=kv.age)
     return view(new, start, start + kv.end - kv.start, kv.shape[2])
+
+
+def unshared(kv: LogicalKV) -> LogicalKV:
+    """``kv`` itself, or a copy without shared prefixes."""
+    storage = kv.physical
+    if storage is None or not storage.prefixes:
+        return kv
+    stored = storage.offset + kv.end
+    return view(flatten(storage, stored, kv.age), 0, stored, kv.shape[2])
 
 
 def to_dense(cache: Any) -> Any:
@@ -181,7 +228,7 @@ def kv_bytes(cache: Any) -> int:
     seen: dict[int, int] = {}
     for t in tensors:
         if isinstance(t, LogicalKV) and t.physical is not None:
-            seen[id(t.physical)] = t.physical.nbytes
+            seen |= {id(part): part.nbytes for part in t.physical.parts}
         elif isinstance(t, Tensor):
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(seen.values())
@@ -204,13 +251,25 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
                 "were pruned together and cannot be cut apart"
             )
         return _aged(kv, view(storage, kv.start, kv.end - (size - hi), hi))
-    return _aged(kv, view(storage, kv.start + lo, kv.start + hi, hi - lo))
+    if storage.prefixes and (lo or hi < storage.offset):
+        flat = flatten(storage, hi, kv.age, reason="a shared prefix was cropped")
+        return view(flat, lo, hi, hi - lo)
+    return _aged(kv, view(storage, kv.start + lo, kv.start + hi - storage.offset, hi - lo))
 
 
 def _take_rows(kv: LogicalKV, rows: Tensor) -> LogicalKV:
     storage = live(kv)
-    new, start = storage.copy(kv.start, kv.end, 1, rows, kv.age)
-    return view(new, start, start + kv.end - kv.start, kv.shape[2])
+    new, start = take_rows(storage, kv.start, kv.end, kv.age, rows)
+    # What is stored of the columns ends where the storage does.
+    return view(new, start, new.filled, kv.shape[2])
+
+
+def _repeated(kv: LogicalKV, times: int) -> LogicalKV:
+    return _take_rows(kv, torch.arange(kv.shape[0], device=kv.device).repeat_interleave(times))
+
+
+def _repeat(kv: LogicalKV, sizes: Sequence[int]) -> Any:
+    return _repeated(kv, sizes[0]) if kv.shape[0] == 1 and sizes[0] > 0 and sizes[1:] == [1, 1, 1] else NotImplemented
 
 
 def _index_select(kv: LogicalKV, dim: int, index: Tensor) -> Any:
@@ -246,15 +305,14 @@ def _to(kv: LogicalKV, *, dtype: torch.dtype | None = None, device: Any = None, 
     storage = own.physical
     if storage is None or device is None or torch.device(device) == storage.buf.device:
         return own
-    slots = None if storage.positions is None else storage.positions.to(device)
-    moved = Storage(storage.layout, storage.buf.to(device), storage.filled, slots, storage.contiguous_from)
-    return view(moved, own.start, own.end, own.shape[2])
+    return view(moved(storage, torch.device(device)), own.start, own.end, own.shape[2])
 
 
 _LAYOUT_KEEPING: dict[Any, Callable[..., Any]] = {
     aten.slice.Tensor: _slice,
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
+    aten.repeat.default: _repeat,
     aten.clone.default: _clone,
     aten.detach.default: _alias,
     aten.alias.default: _alias,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ class Layout:
     """What a logical KV tensor stores physically; hashable, and guarded by the compiled graphs.
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
-    the same slots need none). eviction: the policy by which tokens go.
+    the same slots need none). eviction: the policy by which tokens go. prefixes: number of buffers of other storages
+    that hold the first columns.
     """
 
     format: KVFormat
     positions: bool = False
     pruned: bool = False
     eviction: Eviction | None = None
+    prefixes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,42 @@ class Cut:
     tokens: Tensor
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The first ``tokens`` slots of a storage, shared by rows of another: row b of B reads row b // (B / entries)."""
+
+    storage: Storage
+    tokens: int
+
+    @property
+    def entries(self) -> int:
+        """Number of different prefixes: rows of the storage."""
+        return self.storage.buf.shape[0]
+
+
 class Storage:
     """One buffer, the number of slots filled in it, and what its older readers still need.
 
     Appending behind an older, shorter view overwrites slots. When somebody alive still reads those, their tokens are
     kept in ``cuts`` (assisted generation gives up a few tokens a round: that costs those tokens, not a copy of all).
+    Slots count the own buffer; the tokens of ``prefixes`` come before its first one, and are nobody's to write.
     """
 
-    def __init__(self, layout: Layout, buf: Tensor, filled: int, positions: Tensor | None, contiguous_from: int):
+    def __init__(
+        self,
+        layout: Layout,
+        buf: Tensor,
+        filled: int,
+        positions: Tensor | None,
+        contiguous_from: int,
+        prefixes: tuple[Prefix, ...] = (),
+    ):
         """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, 1 | H, C]``.
 
-        contiguous_from: logical column from which on every column has a slot (0 when nothing was pruned).
+        contiguous_from: logical column from which on every column has a slot (0 when nothing was pruned). prefixes:
+        what the rows share, that of most rows first; their number replaces the layout's.
         """
-        self.layout = layout
+        self.layout = replace(layout, prefixes=len(prefixes))
         self.buf = buf
         self.filled = filled
         self.positions = positions
@@ -66,6 +91,13 @@ class Storage:
         self.generation = 0
         self.views: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.cuts: list[Cut] = []
+        self.prefixes = prefixes
+        self.offset = sum(prefix.tokens for prefix in prefixes)
+        self.readers: weakref.WeakSet[Storage] = weakref.WeakSet()
+        for prefix in prefixes:
+            prefix.storage.readers.add(self)
+        # Why rows that begin alike have copies of their own here; None where there was nothing to share.
+        self.unshared: str | None = None
         # One decode graph for every capacity: without the marks Dynamo compiles a static size first.
         torch._dynamo.maybe_mark_dynamic(buf, 2)
         if positions is not None:
@@ -76,6 +108,11 @@ class Storage:
         """Bytes allocated: tokens, columns, and what a policy remembers."""
         columns = 0 if self.positions is None else self.positions.nbytes
         return self.buf.nbytes + columns + (sum(x.nbytes for x in self.record.state.values()) if self.record else 0)
+
+    @property
+    def parts(self) -> tuple[Storage, ...]:
+        """The storages behind a row: those of its prefixes and this one."""
+        return (*(prefix.storage for prefix in self.prefixes), self)
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
@@ -134,7 +171,8 @@ class Storage:
     ) -> tuple[Storage, int]:
         """A storage of its own for slots ``start .. end`` with room for ``room`` more; returns it and its start.
 
-        batch: int64 ``[B']`` rows to take (beam search), or None for all. age: see ``read``.
+        batch: int64 ``[B']`` rows to take (beam search), or None for all. age: see ``read``. The prefixes stay shared:
+        the rows taken must read them as their places say (see ``Prefix``).
         """
         fmt = self.layout.format
         pick = (lambda t: t) if batch is None else (lambda t: t.index_select(0, batch))
@@ -155,7 +193,7 @@ class Storage:
             kv_format.tail(fmt, buf)[:, :, : end - done].copy_(pick(self.read(done, end)))
         elif fmt.kind != "empty":
             kv_format.append(fmt, buf, 0, pick(self.read(base, end, age)))
-        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from)
+        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes)
         if self.record is not None:
             room = new.capacity - (end - base)
             state = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import shared_prefix
+from ...kernels.candidates import build
 from .contender import Contender, Goal, Scenario
 from .geometry import Geometry
 
@@ -38,7 +39,7 @@ def scenario(g: Geometry, group: int) -> Scenario:
 def _calls(g: Geometry, group: int, q: Tensor) -> tuple[Any, Any]:
     """The same content attended with a copy of the prefix for every row, and with one for all."""
     spec = g.spec("decode", group=group)
-    candidate = g.candidate(spec)
+    own_kernel, shared_kernel = (build(part, g.candidate(spec)) for part in shared_prefix.specs(spec))
     new = g.normal(ROWS, g.kv_heads, 1)
     k, v = (g.normal(1, g.kv_heads, g.prefix) for _ in range(2))
     own = [g.normal(ROWS, g.kv_heads, OWN + 1) for _ in range(2)]
@@ -48,5 +49,5 @@ def _calls(g: Geometry, group: int, q: Tensor) -> tuple[Any, Any]:
     lens = torch.tensor([0, OWN, OWN])
     return (
         partial(g.seed(spec), q, new, new, *whole, torch.tensor([0, end, end]), None, None),
-        partial(shared_prefix.attend, spec, candidate, [level], q, new, new, own[0], own[1], lens),
+        partial(shared_prefix.attend, own_kernel, shared_kernel, [level], q, new, new, own[0], own[1], lens),
     )
