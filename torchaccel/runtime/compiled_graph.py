@@ -81,7 +81,7 @@ class CompiledGraph:
         if binding.skipped:
             end = keys.end
         else:
-            lengths = (keys.start, keys.end, logical - key_storage.offset)
+            lengths: tuple[int, ...] = (keys.start, keys.end, logical - key_storage.offset)
             inputs += [key_storage.buf, value_storage.buf]
             if binding.positions:
                 inputs.append(key_storage.positions)
