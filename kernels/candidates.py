@@ -53,7 +53,8 @@ def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
             configs = getattr(module, "configs", None)
             for config in configs(spec) if configs else ((),):
                 found.append(Candidate(generated, tuple(sorted(config))))  # type: ignore[arg-type]
-    if isinstance(spec, AttentionSpec):
+    # Beyond what sdpa can do it is the reference by another name, of which the cost model expects too much.
+    if isinstance(spec, AttentionSpec) and not composed.beyond_sdpa(spec):
         found.append(Candidate("composed"))
     found.append(Candidate("reference"))
     return tuple(found)

@@ -24,7 +24,7 @@ def decode_attention(
     head_windows: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append, read the cache back and call scaled_dot_product_attention; arguments as in the reference."""
-    if _beyond_sdpa(spec) or k_new is None or v_new is None:
+    if beyond_sdpa(spec) or k_new is None or v_new is None:
         return reference.decode_attention(
             spec, q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows
         )
@@ -59,14 +59,14 @@ def prefill_attention(
     head_windows: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention of a prompt over itself by scaled_dot_product_attention; arguments as in the reference."""
-    if _beyond_sdpa(spec):
+    if beyond_sdpa(spec):
         return reference.prefill_attention(spec, q, k, v, mask, index, head_windows)
     columns = torch.arange(k.shape[2], device=q.device)
     mask = _combine(mask, reference.visible(spec, columns.expand(q.shape[0], 1, -1), columns, mask), q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()
 
 
-def _beyond_sdpa(spec: AttentionSpec) -> bool:
+def beyond_sdpa(spec: AttentionSpec) -> bool:
     """Whether the spec asks for what scaled_dot_product_attention cannot do, so that only the reference remains."""
     return spec.softcap is not None or spec.index != "contiguous" or spec.head_windows or spec.lse or spec.mass
 

@@ -75,7 +75,7 @@ class LogicalKV(Tensor):
     def __deepcopy__(self, memo: Any) -> Any:
         # A tensor's own way copies all attributes: the storage, and all that share it.
         if self.physical is None:
-            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            return super().__deepcopy__(memo)
         return memo.setdefault(id(self), self.clone())
 
     def __getitem__(self, index: Any) -> Any:
@@ -98,13 +98,13 @@ class LogicalKV(Tensor):
             return _repeated(self, repeats)
         return super().repeat_interleave(repeats, dim, **kwargs)
 
-    def expand(self, *sizes: Any) -> Any:
+    def expand(self, *sizes: Any, **kwargs: Any) -> Any:
         """As of a tensor; a single row that is expanded is shared."""
         size = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         whole = len(size) == 4 and all(n in (-1, own) for n, own in zip(size[1:], self.shape[1:], strict=True))
         if self.physical is not None and whole and self.shape[0] == 1 and size[0] > 0:
             return _repeated(self, size[0])
-        return super().expand(*sizes)
+        return super().expand(*sizes, **kwargs)
 
     def dense(self) -> Tensor:
         """The tokens as a plain tensor ``[B, H_kv, S, D]``; raises ``EvictedTokensError`` when some are gone."""
