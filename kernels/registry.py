@@ -152,4 +152,8 @@ def merge(device: str) -> Callable[..., Tensor]:
             return generated
     from .shared_prefix import merge as stock
 
+    if device == "cuda":
+        from .triton.merge import merge as combine
+
+        return partial(stock, combine=combine)
     return stock

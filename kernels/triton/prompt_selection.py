@@ -13,7 +13,7 @@ from ..selection_spec import PromptSelectionSpec
 from ..spec import DTYPES
 from .selection import choice
 from .source import TYPES, load, render_text, scalars
-from .units import rows_in_units
+from .units import on_device, rows_in_units
 
 SelectPrompt = Callable[..., Tensor]
 
@@ -107,7 +107,7 @@ def _select(spec: PromptSelectionSpec, scored: bool, q: Tensor, k: Tensor, first
     if scored:
         got.fill_(0 if spec.probabilities else -torch.inf)
     out = q.new_empty((batch, heads, blocks, spec.width), dtype=torch.int32)
-    module = load(generate(spec), "prompt_selection")
+    module, first = load(generate(spec), "prompt_selection"), on_device(first, q.device)
     values: dict[str, Any] = {"first": first, "scores": got, "tokens": tokens}
     queries, keys, warps = tile(spec)
     with torch.cuda.device_of(q):

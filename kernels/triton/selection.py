@@ -15,14 +15,14 @@ from ..spec import DTYPES
 from . import summary as summaries
 from .source import TYPES, load, render_text, scalars
 from .tiles import device_facts, split_count
-from .units import rows_in_units
+from .units import on_device, rows_in_units
 
 Select = Callable[..., Tensor]
 
 # Query heads of a KV head that one tile of scores can hold.
 MAX_GROUP = 32
-# Blocks that one step of the choice holds in registers.
-STEP = 1024
+# Blocks up to which the choice takes steps of 1024: its 32 passes over the scores wait for little else than memory.
+FEW_BLOCKS = 4096
 
 _TENSORS = {"q", "summary", "first", "channels", "scores", "logits", "out"}
 
@@ -59,6 +59,11 @@ def tile(spec: SelectionSpec) -> tuple[int, int]:
     if spec.summary.row[-1] > 128:
         return 16, 8
     return (32, 8) if "float32" in (spec.dtype, spec.summary.stored) else (64, 4)
+
+
+def step(blocks: int) -> tuple[int, int]:
+    """Blocks that one step of the choice holds in registers, and its warps: two kernels, however a cache grows."""
+    return (1024, 4) if blocks <= FEW_BLOCKS else (8192, 8)
 
 
 @lru_cache(maxsize=512)
@@ -137,7 +142,13 @@ def _select(
             f"the summary has {summary.shape[2]} rows, but the cache holds {rows} blocks: "
             "summarise every key that is appended"
         )
-    values: dict[str, Any] = {"summary": summary, "first": first, "start": start, "end": end, "Q": n}
+    values: dict[str, Any] = {
+        "summary": summary,
+        "first": on_device(first, q.device),
+        "start": start,
+        "end": end,
+        "Q": n,
+    }
     values["channels"] = summaries.checked_channels(spec.summary, channels)
     values["s_b"], values["s_h"] = summaries.summary_strides(spec.summary, summary)
     values["q"], *strides = rows_in_units(q.to(DTYPES[spec.dtype]), dim)
@@ -151,15 +162,16 @@ def _select(
     _, processors = device_facts(q.device)
     module = load(generate(spec), "selection")
     size, warps = tile(spec)
+    each, step_warps = step(blocks)
     splits = split_count(rows, size, batch * heads, processors)
     with torch.cuda.device_of(q):
-        if splits == 1:
+        if splits == 1 and blocks <= FEW_BLOCKS:
             arguments = (values[name] for name in parameters(spec))
-            module.select[(1, heads, batch)](*arguments, BN=size, BC=STEP, num_warps=warps, num_stages=2)
+            module.select[(1, heads, batch)](*arguments, BN=size, BC=each, num_warps=warps, num_stages=2)
         else:
             arguments = (values[name] for name in score_parameters(spec))
             module.score[(splits, heads, batch)](*arguments, BN=size, num_warps=warps, num_stages=2)
             arguments = (values[name] for name in choose_parameters(spec))
-            steps = {"BC": STEP} | ({"BN": size} if spec.probabilities else {})
-            module.choose[(1, heads, batch)](*arguments, **steps, num_warps=4)
+            tiles = {"BC": each} | ({"BN": size} if spec.probabilities else {})
+            module.choose[(1, heads, batch)](*arguments, **tiles, num_warps=step_warps)
     return got if scored else values["out"]

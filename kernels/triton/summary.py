@@ -13,7 +13,7 @@ from torch import Tensor
 from ..selection_spec import SummarySpec
 from ..spec import DTYPES
 from .source import TYPES, load, padded, render_text, scalars
-from .units import rows_in_units
+from .units import on_device, rows_in_units
 
 Summarise = Callable[..., None]
 
@@ -116,7 +116,7 @@ def _summarise(
     low, high = end // spec.block, -(-(end + n) // spec.block)
     if high > summary.shape[2]:
         raise ValueError(f"the summary has {summary.shape[2]} rows, but {high} are to be stored: grow it first")
-    values: dict[str, Any] = {"summary": summary, "sums": sums, "first": first}
+    values: dict[str, Any] = {"summary": summary, "sums": sums, "first": on_device(first, k_new.device)}
     values |= {"channels": checked_channels(spec, channels), "start": start, "end": end, "n": n}
     values["s_b"], values["s_h"] = summary_strides(spec, summary)
     if not n:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,11 @@ def test_a_gpu_gets_them_and_elsewhere_the_reference_says_why(name: str, spec: o
     assert choose(spec, "mps").name == "reference" and "device mps" in choose(spec, "mps").reason
     wrong = replace(spec, dtype="float64")  # type: ignore[type-var]
     assert choose(wrong, "cuda").name == "reference" and "found float64" in choose(wrong, "cuda").reason
+
+
+def test_a_gpu_merges_parts_with_the_generated_kernel() -> None:
+    found = registry.merge("cuda")
+    assert isinstance(found, partial) and found.keywords == {"combine": merge.merge}
 
 
 @pytest.mark.parametrize(

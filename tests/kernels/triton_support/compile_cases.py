@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
@@ -123,6 +123,7 @@ def _bounds(dtype: str, head_dim: int, **fields: Any) -> SelectionSpec:
     return SelectionSpec(SummarySpec("minmax", head_dim, dtype, dtype), fields.pop("group", 4), dtype, 64, **fields)
 
 
+_LABELS = SelectionSpec(SummarySpec("channels", 128, "bfloat16", "bfloat16", 1, 16), 4, "bfloat16", 999)
 # All that chooses blocks: (kernel, case).
 _SELECTIONS: dict[str, tuple[str, SummaryCase | SelectionCase | PromptCase]] = {
     "summary-bounds": ("summarise", SummaryCase("", SummarySpec("minmax", 128, "bfloat16", "bfloat16"), ())),
@@ -140,12 +141,8 @@ _SELECTIONS: dict[str, tuple[str, SummaryCase | SelectionCase | PromptCase]] = {
             0,
         ),
     ),
-    "labels": (
-        "score",
-        SelectionCase(
-            "", SelectionSpec(SummarySpec("channels", 128, "bfloat16", "bfloat16", 1, 16), 4, "bfloat16", 999), 0
-        ),
-    ),
+    "labels": ("score", SelectionCase("", _LABELS, 0)),
+    "labels-choice": ("choose", SelectionCase("", replace(_LABELS, mass=0.9), 1 << 17)),
     "antidiagonal": (
         "estimate",
         PromptCase("", PromptSelectionSpec("antidiagonal", 128, 4, "bfloat16", 0.1, 64, mass=0.9), 0),
@@ -269,8 +266,10 @@ def _selection(kernel: str, case: SelectionCase) -> tuple[Any, dict[str, str], d
     types = dict.fromkeys(fn.arg_names, "i32") | {"q": _ELEMENT[spec.dtype], "summary": _ELEMENT[spec.summary.stored]}
     types |= {"scores": "*fp32", "logits": "*fp32", "out": "*i32", "channels": "*i32"}
     size, warps = selection.tile(spec)
-    constants = {"BN": size, "BC": selection.STEP, "first": None}
-    return fn, types, {name: value for name, value in constants.items() if name in fn.arg_names}, warps, 2
+    each, step_warps = selection.step(case.length)
+    constants = {"BN": size, "BC": each, "first": None}
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+    return fn, types, constants, step_warps if kernel == "choose" else warps, 2
 
 
 def _prompt_selection(kernel: str, case: PromptCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:

@@ -90,9 +90,9 @@ SELECTION_CASES = [
         padded=False,
     ),
     SelectionCase(
-        "labels_in_two_launches",
+        "labels_of_many_tokens",
         SelectionSpec(SummarySpec("channels", 64, "bfloat16", "bfloat16", 1, 5), 3, "bfloat16", 100, recent=1),
-        1100,
+        4242,
     ),
     SelectionCase(
         "labels_softmax_in_two_launches",
