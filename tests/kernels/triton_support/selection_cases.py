@@ -49,8 +49,8 @@ class PromptCase:
 
 
 SUMMARY_CASES = [
-    SummaryCase("summary_bounds", SummarySpec("minmax", 42, "bfloat16", "bfloat16", 16), (21, 1, 20), 18),
-    SummaryCase("summary_mean", SummarySpec("mean", 64, "float16", "float32", 16), (37, 1, 23, 3), 6),
+    SummaryCase("summary_bounds", SummarySpec("minmax", 42, "bfloat16", "bfloat16", 16), (17, 4, 21), 18),
+    SummaryCase("summary_mean", SummarySpec("mean", 64, "float16", "float32", 16), (37, 1, 23, 3), 39),
     SummaryCase("summary_mean_narrowed", SummarySpec("mean", 6, "float32", "bfloat16", 48), (50, 1, 42)),
     SummaryCase("summary_channels", SummarySpec("channels", 42, "bfloat16", "bfloat16", 1, 5), (70, 1, 6), 42),
 ]
@@ -65,7 +65,7 @@ SELECTION_CASES = [
     SelectionCase(
         "bounds_mean_pool",
         SelectionSpec(_pages("minmax", 42, "float32"), 4, "float32", 5, "mean", pool=3, recent=1),
-        601,
+        690,
         queries=6,
     ),
     SelectionCase(
