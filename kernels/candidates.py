@@ -96,6 +96,7 @@ _MODULES = {
     ("cpp", "linear"): ".cpp.linear",
     ("triton", "decode_attention"): ".triton.decode_attention",
     ("triton", "prefill_attention"): ".triton.window_prefill",
+    ("triton", "linear"): ".triton.linear",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -170,6 +170,22 @@ class FusedSpec:
         for step in self.steps:
             found.append(_width(self, step, found))
         return tuple(found)
+
+    def listing(self) -> list[str]:
+        """The program, one line per input, step and output."""
+        widths, first = self.widths(), len(self.inputs)
+        lines = [f"in{i}: {item.kind} {list(item.shape)}" for i, item in enumerate(self.inputs)]
+        lines += [f"v{value} [{widths[value]}] = {step}" for value, step in enumerate(self.steps, first)]
+        return lines + [f"out{i}: v{out.value} as {list(out.shape)}" for i, out in enumerate(self.outputs)]
+
+
+def reads(step: Step) -> tuple[int, ...]:
+    """The numbers of the values a step reads, parameters included."""
+    if isinstance(step, Concat):
+        return step.parts
+    names = ("x", "y", "weight", "bias", "cos", "sin", "index")
+    found = [getattr(step, field.name) for field in fields(step) if field.name in names]
+    return tuple(value for value in found if value is not None)
 
 
 def _width(spec: FusedSpec, step: Step, widths: list[int]) -> int:

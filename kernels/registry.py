@@ -18,6 +18,9 @@ from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
 
+# What writes the kernels of a device type: the folder of its modules.
+_GENERATORS = {"cpu": "cpp", "cuda": "triton"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -31,35 +34,18 @@ class Choice:
 @lru_cache(maxsize=256)
 def linear(spec: LinearSpec, device: str) -> Choice:
     """The implementation of a few-row linear layer."""
-    if device == "cpu":
-        from .cpp import linear as module
-
-        reason = module.supports(spec)
-        if reason is None:
-            return Choice("cpp", module.linear(spec))
-    else:
-        reason = f"no generated kernels for device {device}"
-    return Choice("reference", reference.linear, reason)
+    return _generated("linear", "linear", spec, device, reference.linear)
 
 
 @lru_cache(maxsize=1024)
 def fused(spec: FusedSpec, device: str) -> Choice:
     """The implementation of a fused program over a few rows, compiled."""
-    reason = fused_problem(spec, device)
-    if reason is None:
-        from .cpp import fused as module
-
-        return Choice("cpp", module.fused(spec))
-    return Choice("reference", partial(fused_reference.fused, spec), reason)
+    return _generated("fused", "fused", spec, device, partial(fused_reference.fused, spec))
 
 
 def fused_problem(spec: FusedSpec, device: str) -> str | None:
     """Why a fused program would run on the reference, in one line; None when a kernel can be generated for it."""
-    if device != "cpu":
-        return f"no generated kernels for device {device}"
-    from .cpp import fused as module
-
-    return module.supports(spec)
+    return _module("fused", spec, device)[1]
 
 
 @lru_cache(maxsize=256)
@@ -78,29 +64,37 @@ def append(fmt: KVFormat, device: str) -> Choice:
 @lru_cache(maxsize=256)
 def summarise(spec: SummarySpec, device: str) -> Choice:
     """The implementation of keeping a summary of keys up to date."""
-    return _selection(spec, device, "summary", "summarise")
+    return _generated("summary", "summarise", spec, device, partial(selection_reference.summarise, spec))
 
 
 @lru_cache(maxsize=1024)
 def select(spec: SelectionSpec, device: str) -> Choice:
     """The implementation of choosing what a decode step reads."""
-    return _selection(spec, device, "selection", "select")
+    return _generated("selection", "select", spec, device, partial(selection_reference.select, spec))
 
 
 @lru_cache(maxsize=1024)
 def select_prompt(spec: PromptSelectionSpec, device: str) -> Choice:
     """The implementation of choosing what every block of a prompt reads."""
-    return _selection(spec, device, "prompt_selection", "select_prompt")
+    stock = partial(selection_reference.select_prompt, spec)
+    return _generated("prompt_selection", "select_prompt", spec, device, stock)
 
 
-def _selection(spec: SummarySpec | SelectionSpec | PromptSelectionSpec, device: str, module: str, name: str) -> Choice:
-    reason: str | None = f"no generated kernels for device {device}"
-    if device == "cpu":
-        generated = import_module(f".cpp.{module}", __package__)
-        reason = generated.supports(spec)
-        if reason is None:
-            return Choice("cpp", getattr(generated, name)(spec))
-    return Choice("reference", partial(getattr(selection_reference, name), spec), reason)
+def _generated(module: str, name: str, spec: Any, device: str, stock: Callable[..., Any]) -> Choice:
+    """``name(spec)`` of the device's generated kernels; ``stock``, of the reference, where they do not support it."""
+    generated, reason = _module(module, spec, device)
+    if reason is None:
+        return Choice(_GENERATORS[device], getattr(generated, name)(spec))
+    return Choice("reference", stock, reason)
+
+
+def _module(name: str, spec: Any, device: str) -> tuple[Any, str | None]:
+    """The device's module of generated kernels, imported on first use, and why it does not support ``spec``."""
+    folder = _GENERATORS.get(device)
+    if folder is None:
+        return None, f"no generated kernels for device {device}"
+    module = import_module(f".{folder}.{name}", __package__)
+    return module, module.supports(spec)
 
 
 @lru_cache(maxsize=4096)
@@ -158,4 +152,8 @@ def merge(device: str) -> Callable[..., Tensor]:
             return generated
     from .shared_prefix import merge as stock
 
+    if device == "cuda":
+        from .triton.merge import merge as combine
+
+        return partial(stock, combine=combine)
     return stock

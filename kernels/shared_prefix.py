@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from . import reference, registry
 from .spec import AttentionSpec
 
 
@@ -109,13 +109,11 @@ class Part:
 Merge = Callable[[Sequence[Part], Tensor], Tensor]
 
 
-def merge(parts: Sequence[Part], q: Tensor) -> Tensor:
-    """The reference of merging: attention like q over the keys of all parts; see ``reference.merge``."""
-    from .reference import merge as merge_parts
-
+def merge(parts: Sequence[Part], q: Tensor, combine: Callable[..., tuple[Tensor, Tensor]] = reference.merge) -> Tensor:
+    """Attention like q over the keys of all parts; ``combine`` merges pairs of attention and log-sum-exp."""
     n = q.shape[2]
 
     def spread(x: Tensor, share: int) -> Any:
         return x.unflatten(2, (share, n)).transpose(1, 2).flatten(0, 1)
 
-    return merge_parts([(spread(part.out, part.share), spread(part.lse, part.share)) for part in parts])[0]
+    return combine([(spread(part.out, part.share), spread(part.lse, part.share)) for part in parts])[0]

@@ -141,7 +141,9 @@ class Backend:
         facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
         return Chooser(device, facts, self.deployment.tuned(options.cache, brought, device))
 
-    def _rates(self, options: Options, device: torch.device) -> Rates:
+    def _rates(self, options: Options, device: torch.device) -> Rates | None:
+        if device.type != "cpu":
+            return None  # on GPUs Inductor fuses well, and nothing of ours has been measured against it
         facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
         if facts is None:
             return Rates()

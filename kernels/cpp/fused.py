@@ -46,7 +46,7 @@ def source(spec: FusedSpec) -> str:
     return render(
         "fused.cpp.jinja",
         spec=f"dtype {spec.dtype}, {spec.rows} rows",
-        listing=program.listing(),
+        listing=spec.listing(),
         fields=fields,
         dtype=C_TYPES[spec.dtype],
         rows=spec.rows,

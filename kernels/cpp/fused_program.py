@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from ..fused_spec import (
     Activation,
     Add,
@@ -17,21 +15,13 @@ from ..fused_spec import (
     Scale,
     Slice,
     Step,
+    reads,
 )
 
 
 def padded(width: int) -> int:
     """Floats from one row of a value to the next."""
     return -(-width // 32) * 32
-
-
-def reads(step: Step) -> tuple[int, ...]:
-    """The numbers of the values a step reads, parameters included."""
-    if isinstance(step, Concat):
-        return step.parts
-    names = ("x", "y", "weight", "bias", "cos", "sin", "index")
-    found = [getattr(step, field.name) for field in fields(step) if field.name in names]
-    return tuple(value for value in found if value is not None)
 
 
 class Program:
@@ -52,13 +42,6 @@ class Program:
         self._ready: set[int] = set()
         self._packed: dict[tuple[int, bool, float | None], str] = {}
         self._emit()
-
-    def listing(self) -> list[str]:
-        """The program, one line per input, step and output."""
-        lines = [f"in{i}: {item.kind} {list(item.shape)}" for i, item in enumerate(self.spec.inputs)]
-        for value, step in enumerate(self.spec.steps, self.first):
-            lines.append(f"v{value} [{self.widths[value]}] = {step}")
-        return lines + [f"out{i}: v{out.value} as {list(out.shape)}" for i, out in enumerate(self.spec.outputs)]
 
     def _emit(self) -> None:
         levels = [0] * self.first

@@ -18,6 +18,8 @@ import platformdirs
 
 from ..spec import AttentionSpec
 
+TYPES = {"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}
+
 
 def cache_dir() -> Path:
     """Folder of generated sources: ``$TORCHACCEL_CACHE_DIR/triton``, or the user's cache directory."""
@@ -50,7 +52,7 @@ def render(template: str, spec: AttentionSpec, **values: Any) -> str:
         spec.head_dim,
         key=spec.key(),
         G=spec.group,
-        dtype={"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[spec.dtype],
+        dtype=TYPES[spec.dtype],
         scale=spec.scale,
         softcap=spec.softcap,
         causal=spec.causal,
@@ -66,14 +68,19 @@ def render(template: str, spec: AttentionSpec, **values: Any) -> str:
     )
 
 
-def render_text(template: str, head_dim: int, **values: Any) -> str:
-    """Source of ``template`` for a head dimension and what else it names."""
+def render_text(template: str, head_dim: int = 1, **values: Any) -> str:
+    """Source of ``template`` for what it names, such as a head dimension."""
     log2e, ln2 = math.log2(math.e), math.log(2)
     sizes = {"D": head_dim, "DP": padded(head_dim)}
     text = _environment().get_template(template).render(**sizes, log2e=log2e, ln2=ln2, **values)
     text = re.sub(r"\n+@triton", "\n\n\n@triton", text)
     # Where a template has nothing to say, it leaves no more than a blank line.
     return re.sub(r"\n{3,}(?= )", "\n\n", text).rstrip("\n") + "\n"
+
+
+def scalars(names: list[str], tensors: set[str]) -> str:
+    """The parameters that are no tensors, quoted: numbers that a kernel is not to be specialised for."""
+    return ", ".join(f'"{name}"' for name in names if name not in tensors)
 
 
 def padded(size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import gcd
 
+import torch
 from torch import Tensor
 
 from ..spec import KVFormat
@@ -16,6 +17,11 @@ def rows_in_units(x: Tensor, d: int) -> tuple[Tensor, int, int, int]:
         x = x.contiguous()
         b, h, t, _ = x.stride()
     return x, b // d, h // d, t // d
+
+
+def on_device(first: Tensor | None, device: torch.device) -> Tensor | None:
+    """First live slots, int64 ``[B]``, where the kernels can read them."""
+    return None if first is None else first.to(device=device, dtype=torch.int64)
 
 
 def stride_unit(fmt: KVFormat) -> int:

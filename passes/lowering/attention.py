@@ -268,6 +268,7 @@ class AttentionLowering:
         if positions is not None:
             self.inputs.append(self._inner(keys.past, layouts[0], "positions"))
         if layouts[0].prefixes:
+            self.appends.append(binding)
             self._attend_shared(site, plan, spec, buffers, layouts)
             return
         lens = self._placeholder(f"{keys.past.name}_lens")

@@ -6,16 +6,34 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torchaccel.kernels.spec import AttentionSpec
-from torchaccel.kernels.triton import decode_attention, decode_source, merge, source, tiles, window_prefill
+from torchaccel.kernels import registry
+from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
+from torchaccel.kernels.spec import AttentionSpec, LinearSpec
+from torchaccel.kernels.triton import (
+    decode_attention,
+    decode_source,
+    fused,
+    linear,
+    merge,
+    prompt_selection,
+    selection,
+    source,
+    summary,
+    tiles,
+    window_prefill,
+)
 
+from tests.kernels.fused_cases import between_attentions, packed_heads
 from tests.kernels.triton_support.decode_cases import DecodeCase
+from tests.kernels.triton_support.fused_cases import add_norm
 from tests.kernels.triton_support.prefill_cases import PrefillCase
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
@@ -23,6 +41,12 @@ DENSE = DecodeCase("dense").spec()
 INT8 = DecodeCase("int8", keys="int8", values="int8").spec()
 INT4 = DecodeCase("int4", keys="int4", values="int2", key_group=32, tail=64).spec()
 WINDOW = PrefillCase("window").spec()
+BOUNDS = SelectionSpec(
+    SummarySpec("minmax", 80, "bfloat16", "bfloat16"), 3, "bfloat16", 64, "mean", pool=4, sinks=1, recent=2
+)
+MASSES = SelectionSpec(SummarySpec("mean", 64, "float16", "float32"), 4, "float16", 64, "softmax", 0.125, mass=0.9)
+LABELS = SelectionSpec(SummarySpec("channels", 128, "bfloat16", "bfloat16", 1, 20), 4, "bfloat16", 512, recent=64)
+ANTIDIAGONAL = PromptSelectionSpec("antidiagonal", 80, 4, "bfloat16", 0.125, 32, 192, 16, mass=0.9)
 SOURCES = {
     "decode_dense": lambda: decode_source.generate(DENSE),
     "decode_static_bool_mask": lambda: decode_source.generate(replace(DENSE, mask="bool", causal=False), False),
@@ -37,8 +61,28 @@ SOURCES = {
     "prefill_blocks_lse_mass": lambda: window_prefill.generate(
         replace(WINDOW, window=None, index="blocks", lse=True, mass=True)
     ),
+    "summary_bounds": lambda: summary.generate(BOUNDS.summary),
+    "summary_mean": lambda: summary.generate(MASSES.summary),
+    "summary_channels": lambda: summary.generate(LABELS.summary),
+    "selection_bounds_mean_pool": lambda: selection.generate(BOUNDS),
+    "selection_mean_softmax_mass": lambda: selection.generate(MASSES),
+    "selection_channels": lambda: selection.generate(LABELS),
+    "prompt_antidiagonal_mass": lambda: prompt_selection.generate(ANTIDIAGONAL),
+    "prompt_mean": lambda: prompt_selection.generate(replace(ANTIDIAGONAL, estimate="mean", mass=1.0)),
+    "fused_between_attentions": lambda: fused.generate(between_attentions("bfloat16", 1)),
+    "fused_packed_heads": lambda: fused.generate(packed_heads("float16", 2)),
+    "fused_add_norm": lambda: fused.generate(add_norm("bfloat16", 4096)),
     "prefill_window_sinks_bool_mask": lambda: window_prefill.generate(replace(WINDOW, mask="bool")),
 }
+
+# What the registry chooses for a GPU: its function, and a spec.
+CHOSEN = [
+    ("summarise", BOUNDS.summary),
+    ("select", MASSES),
+    ("select_prompt", ANTIDIAGONAL),
+    ("fused", add_norm("bfloat16", 4096)),
+    ("linear", LinearSpec("bfloat16", 4, True)),
+]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -55,7 +99,7 @@ def test_golden_source(name: str) -> None:
 def test_source_is_plain_and_carries_its_spec(name: str) -> None:
     text = SOURCES[name]()
     compile(text, name, "exec")
-    assert '{"causal":' in text or name.startswith("merge")
+    assert '\nspec: {"' in text or name.startswith(("merge", "fused"))
     assert "{%" not in text and "\n\n\n\n" not in text and text.endswith(")\n")
     assert not any(line.endswith(" ") for line in text.splitlines())
 
@@ -70,9 +114,42 @@ def test_import_leaves_triton_alone() -> None:
     code = (
         "import sys, torchaccel.kernels.triton.decode_attention, torchaccel.kernels.triton.merge\n"
         "import torchaccel.kernels.triton.window_prefill\n"
+        "from tests.kernels.test_triton_source import CHOSEN, registry\n"
+        "assert {getattr(registry, name)(spec, 'cuda').name for name, spec in CHOSEN} == {'triton'}\n"
         "sys.exit('triton' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "spec"), CHOSEN)
+def test_a_gpu_gets_them_and_elsewhere_the_reference_says_why(name: str, spec: object) -> None:
+    choose = getattr(registry, name)
+    assert choose(spec, "cuda").name == "triton" and choose(spec, "cuda").reason is None
+    assert choose(spec, "mps").name == "reference" and "device mps" in choose(spec, "mps").reason
+    wrong = replace(spec, dtype="float64")  # type: ignore[type-var]
+    assert choose(wrong, "cuda").name == "reference" and "found float64" in choose(wrong, "cuda").reason
+
+
+def test_a_gpu_merges_parts_with_the_generated_kernel() -> None:
+    found = registry.merge("cuda")
+    assert isinstance(found, partial) and found.keywords == {"combine": merge.merge}
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "reason"),
+    [
+        (summary.summarise, replace(BOUNDS.summary, head_dim=300), "head dims up to 256; found 300"),
+        (selection.select, replace(BOUNDS, summary=replace(BOUNDS.summary, stored="float64")), "found float64"),
+        (selection.select, replace(BOUNDS, group=33), "up to 32 query heads per KV head; found 33"),
+        (prompt_selection.select_prompt, replace(ANTIDIAGONAL, head_dim=300), "found 300"),
+        (prompt_selection.select_prompt, replace(ANTIDIAGONAL, block=1040), "up to 64 strides; found 65"),
+        (fused.fused, between_attentions("bfloat16", 17), "1 to 16 rows"),
+        (linear.linear, LinearSpec("bfloat16", 17, False), "1 to 16 rows"),
+    ],
+)
+def test_other_kernels_decline(make: Callable[..., object], spec: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make(spec)
 
 
 def test_cache_file_is_repaired_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,23 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torchaccel.kernels.triton import decode_source, merge, window_prefill
+from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
+from torchaccel.kernels.triton import (
+    decode_source,
+    fused,
+    merge,
+    prompt_selection,
+    selection,
+    summary,
+    window_prefill,
+)
 from torchaccel.kernels.triton.source import load, padded
 from torchaccel.kernels.triton.tiles import (
     DECODE_TILES,
@@ -24,11 +34,18 @@ from torchaccel.kernels.triton.tiles import (
     prefill_tile,
 )
 
+from tests.kernels.fused_cases import between_attentions, layer_norm_mlp, packed_heads
+
 from .decode_cases import DecodeCase
+from .fused_cases import FusedCase, add_norm
 from .merge_cases import MergeCase
 from .prefill_cases import PrefillCase
+from .selection_cases import PromptCase, SelectionCase, SummaryCase
 
 _ELEMENT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
+
+Case = DecodeCase | PrefillCase | MergeCase | SummaryCase | SelectionCase | PromptCase | FusedCase
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class CompileCase:
     name: str
     kernel: str
     family: str
-    case: DecodeCase | PrefillCase | MergeCase
+    case: Case
 
 
 def compile_cases() -> list[CompileCase]:
@@ -102,6 +119,58 @@ _PREFILL_VARIANTS: dict[str, tuple[str, PrefillCase]] = {
 }
 
 
+def _bounds(dtype: str, head_dim: int, **fields: Any) -> SelectionSpec:
+    return SelectionSpec(SummarySpec("minmax", head_dim, dtype, dtype), fields.pop("group", 4), dtype, 64, **fields)
+
+
+_LABELS = SelectionSpec(SummarySpec("channels", 128, "bfloat16", "bfloat16", 1, 16), 4, "bfloat16", 999)
+# All that chooses blocks: (kernel, case).
+_SELECTIONS: dict[str, tuple[str, SummaryCase | SelectionCase | PromptCase]] = {
+    "summary-bounds": ("summarise", SummaryCase("", SummarySpec("minmax", 128, "bfloat16", "bfloat16"), ())),
+    "summary-mean": ("summarise", SummaryCase("", SummarySpec("mean", 80, "float16", "float32"), ())),
+    "summary-channels": ("summarise", SummaryCase("", SummarySpec("channels", 128, "bfloat16", "bfloat16", 1, 20), ())),
+    "bounds": ("select", SelectionCase("", _bounds("bfloat16", 128, sinks=1, recent=2), 0)),
+    "bounds-256": ("select", SelectionCase("", _bounds("bfloat16", 256, group=32, reduce="mean", pool=4), 0)),
+    "mean-softmax": (
+        "select",
+        SelectionCase(
+            "",
+            SelectionSpec(
+                SummarySpec("mean", 128, "bfloat16", "bfloat16"), 6, "bfloat16", 64, "softmax", 0.1, 2, 1, 1, 0.9
+            ),
+            0,
+        ),
+    ),
+    "labels": ("score", SelectionCase("", _LABELS, 0)),
+    "labels-choice": ("choose", SelectionCase("", replace(_LABELS, mass=0.9), 1 << 17)),
+    "antidiagonal": (
+        "estimate",
+        PromptCase("", PromptSelectionSpec("antidiagonal", 128, 4, "bfloat16", 0.1, 64, mass=0.9), 0),
+    ),
+    "prompt-mean": ("estimate", PromptCase("", PromptSelectionSpec("mean", 256, 4, "bfloat16", 0.1, 64), 0)),
+    "prompt-average": ("average", PromptCase("", PromptSelectionSpec("mean", 80, 4, "bfloat16", 0.1, 64), 0)),
+    "prompt-choice": ("choose", PromptCase("", PromptSelectionSpec("mean", 128, 4, "bfloat16", 0.1, 64, mass=0.9), 0)),
+}
+# What takes long to compile, for the family with the least shared memory and the one with the fewest registers.
+_FLOAT32_SELECTIONS: dict[str, tuple[str, str, SelectionCase | PromptCase]] = {
+    "bounds-float32-sm_80": ("select", "sm_80", SelectionCase("", _bounds("float32", 256, sinks=1, mass=0.9), 0)),
+    "antidiagonal-float32-gfx942": (
+        "estimate",
+        "gfx942",
+        PromptCase("", PromptSelectionSpec("antidiagonal", 256, 4, "float32", 0.1, 64, 192, 16), 0),
+    ),
+}
+# Launches of fused programs: (number of the launch, case).
+_FUSED: dict[str, tuple[int, FusedCase]] = {
+    "fused-between-attentions": (3, FusedCase("", between_attentions, rows=1)),
+    "fused-layer-norm": (0, FusedCase("", layer_norm_mlp, "float32", 8)),
+    "fused-by-columns": (1, FusedCase("", layer_norm_mlp, "bfloat16", 8)),
+    "fused-packed-heads": (1, FusedCase("", packed_heads, "float16", 16)),
+    "fused-rotated-heads": (2, FusedCase("", packed_heads, "bfloat16", 2)),
+    "fused-add-norm": (0, FusedCase("", add_norm, "bfloat16", 4096)),
+}
+
+
 def _variant_cases() -> Iterator[CompileCase]:
     for family in SHARED_LIMIT:
         for name, (kernel, case) in _VARIANTS.items():
@@ -109,6 +178,12 @@ def _variant_cases() -> Iterator[CompileCase]:
         yield CompileCase(f"merge-16-parts-{family}", "merge", family, MergeCase("", merge.MOST, "bfloat16", 256))
         for name, (kernel, prompt) in _PREFILL_VARIANTS.items():
             yield CompileCase(f"prefill-{name}-{family}", kernel, family, prompt)
+        for name, (kernel, choice) in _SELECTIONS.items():
+            yield CompileCase(f"{name}-{family}", kernel, family, choice)
+        for name, (phase, program) in _FUSED.items():
+            yield CompileCase(f"{name}-{family}", f"phase_{phase}", family, program)
+    for name, (kernel, family, choice) in _FLOAT32_SELECTIONS.items():
+        yield CompileCase(name, kernel, family, choice)
 
 
 _TYPES = {
@@ -177,20 +252,77 @@ def _merge(case: MergeCase) -> tuple[Any, dict[str, str], dict[str, Any], int, i
     return module.merge, types | {"rows": "i32"}, {"BM": merge.ROWS}, 4, 3
 
 
+def _summary(case: SummaryCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    spec = case.spec
+    module = load(summary.generate(spec), "summary")
+    types = dict.fromkeys(module.summarise.arg_names, "i32") | {"k": _ELEMENT[spec.dtype]}
+    types |= {"summary": _ELEMENT[spec.stored], "before": "*fp32", "sums": "*fp32"}
+    return module.summarise, types | {"channels": "*i32", "first": "*i64"}, {}, 2, 3
+
+
+def _selection(kernel: str, case: SelectionCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    spec = case.spec
+    fn = getattr(load(selection.generate(spec), "selection"), kernel)
+    types = dict.fromkeys(fn.arg_names, "i32") | {"q": _ELEMENT[spec.dtype], "summary": _ELEMENT[spec.summary.stored]}
+    types |= {"scores": "*fp32", "logits": "*fp32", "out": "*i32", "channels": "*i32"}
+    size, warps = selection.tile(spec)
+    each, step_warps = selection.step(case.length)
+    constants = {"BN": size, "BC": each, "first": None}
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+    return fn, types, constants, step_warps if kernel == "choose" else warps, 2
+
+
+def _prompt_selection(kernel: str, case: PromptCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    spec = case.spec
+    fn = getattr(load(prompt_selection.generate(spec), "prompt_selection"), kernel)
+    types = dict.fromkeys(fn.arg_names, "i32") | dict.fromkeys(("q", "k", "x"), _ELEMENT[spec.dtype])
+    if kernel == "estimate" and spec.estimate == "mean":
+        types |= {"q": "*fp32", "k": "*fp32"}
+    types |= {"first": "*i64", "scores": "*fp32", "means": "*fp32", "out": "*i32"}
+    queries, keys, warps = prompt_selection.tile(spec)
+    constants = {"BM": queries, "BN": keys, "BC": prompt_selection.STEP}
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+    return fn, types, constants, warps if kernel == "estimate" else 2, 2 if kernel == "estimate" else 3
+
+
+def _fused(kernel: str, case: FusedCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    spec = case.spec()
+    fn = getattr(load(fused.generate(spec), "fused"), kernel)
+    types = dict.fromkeys(fn.arg_names, _ELEMENT[spec.dtype]) | {"work": "*fp32"}
+    types |= {f"in{i}": "*i64" for i, item in enumerate(spec.inputs) if item.kind == "index"}
+    config = fused.config(spec)
+    return fn, types, {"PRECISION": PRECISION[family]}, config.warps, config.stages
+
+
+def _described(item: CompileCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    """The kernel of a case, the types of its arguments, its constants, warps and stages."""
+    kernel, case, family = item.kernel, item.case, item.family
+    if isinstance(case, DecodeCase):
+        return _decode(kernel, case, family)
+    if isinstance(case, PrefillCase):
+        return _prefill(kernel, case, family)
+    if isinstance(case, MergeCase):
+        return _merge(case)
+    if isinstance(case, SummaryCase):
+        return _summary(case)
+    if isinstance(case, SelectionCase):
+        return _selection(kernel, case)
+    if isinstance(case, PromptCase):
+        return _prompt_selection(kernel, case)
+    return _fused(kernel, case, family)
+
+
 def main() -> None:
-    """Compile all cases in turn."""
+    """Compile all cases in turn, or those named on the command line."""
     from .compile_for import compile_for, usage
 
     for item in compile_cases():
+        if sys.argv[1:] and item.name not in sys.argv[1:]:
+            continue
         began = time.perf_counter()
         line: dict[str, Any] = {"case": item.name, "error": None}
         try:
-            if isinstance(item.case, DecodeCase):
-                fn, types, constants, warps, stages = _decode(item.kernel, item.case, item.family)
-            elif isinstance(item.case, MergeCase):
-                fn, types, constants, warps, stages = _merge(item.case)
-            else:
-                fn, types, constants, warps, stages = _prefill(item.kernel, item.case, item.family)
+            fn, types, constants, warps, stages = _described(item)
             used = usage(compile_for(fn, types, constants, item.family, warps, stages))
             line |= {"registers": used.registers, "spilt": used.spilt, "shared": used.shared}
         except Exception:

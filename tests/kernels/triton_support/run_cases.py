@@ -23,8 +23,18 @@ def main(where: str, only: list[str]) -> None:
         interpreter_bfloat16.install()
         torch.set_num_threads(1)
     from .decode_cases import DECODE_CASES, run_decode_case
+    from .fused_cases import FUSED_CASES, run_fused_case
+    from .linear_cases import LINEAR_CASES, run_linear_case
     from .merge_cases import MERGE_CASES, run_merge_case
     from .prefill_cases import PREFILL_CASES, run_prefill_case
+    from .selection_cases import (
+        PROMPT_CASES,
+        SELECTION_CASES,
+        SUMMARY_CASES,
+        run_prompt_case,
+        run_selection_case,
+        run_summary_case,
+    )
 
     # Results are allocated full of NaN, so that what a kernel forgets to write is seen.
     torch.use_deterministic_algorithms(True)
@@ -33,6 +43,11 @@ def main(where: str, only: list[str]) -> None:
     runs += [(case.name, partial(run_decode_case, case, device)) for case in DECODE_CASES]
     runs += [(case.name, partial(run_prefill_case, case, device)) for case in PREFILL_CASES]
     runs += [(case.name, partial(run_merge_case, case, device)) for case in MERGE_CASES]
+    runs += [(case.name, partial(run_summary_case, case, device)) for case in SUMMARY_CASES]
+    runs += [(case.name, partial(run_selection_case, case, device)) for case in SELECTION_CASES]
+    runs += [(case.name, partial(run_prompt_case, case, device)) for case in PROMPT_CASES]
+    runs += [(case.name, partial(run_fused_case, case, device)) for case in FUSED_CASES]
+    runs += [(case.name, partial(run_linear_case, case, device)) for case in LINEAR_CASES]
     for name, run in runs:
         if only and name not in only:
             continue

@@ -219,3 +219,16 @@ def test_a_failed_fusion_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPa
     assert torch.equal(got, greedy(eager, prompt(1, 11), 4))
     record = torchaccel.report(fast).records[-1]
     assert not record.groups and record.linear_layers == 8 and record.declined is None
+
+
+def test_a_gpu_keeps_inductors_fusion_until_rates_say_otherwise() -> None:
+    found = captured(Block(), 1, 12, 32)  # more rows than the C++ kernels take
+    results = []
+    for rates in (None, plan.Rates()):
+        module = found.copy()
+        step = fuse_rows.FuseRows(rates)
+        context = RewriteContext(module.graph, module, torch.device("cuda"), Fuel(None), analyze(module))
+        results.append((step.apply(context), calls(module, torch.ops.torchaccel.fused_rows.default)))
+    (kept, none), (rewritten, one) = results
+    assert none == 0 and not kept.sites and "cuda" in kept.detail and "Inductor" in kept.detail
+    assert one == 1 and len(rewritten.sites) == 1
