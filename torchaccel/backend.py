@@ -119,7 +119,7 @@ class Backend:
         label = f"graph{self.graphs_received:02d}"
         context, record.passes = manager.run(module, device, label)
         record.phase = context.anatomy.phase
-        lowered = AttentionLowering(context, inputs, self._chooser(options, device)).run()
+        lowered = AttentionLowering(context, inputs, self._chooser(options, device), rotary=options.fusion).run()
         record.sites = lowered.sites
         if options.fusion:
             fusion = FuseRows(self._rates(options, device))

@@ -23,6 +23,7 @@ from torchaccel.runtime.storage import Layout
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from ..dead_code import remove_dead_code
 from .choice import Chooser
+from .rotary import Rotary, find_rotary
 
 
 @dataclass
@@ -31,6 +32,7 @@ class LoweredSite:
 
     switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
     predicted_ms: of one call, with as many tokens stored as when the graph was compiled.
+    rotary: whether the kernel does the rotary embedding of the queries and the new keys, too.
     """
 
     site: str
@@ -40,6 +42,7 @@ class LoweredSite:
     sinks: int = 0
     switches: tuple[tuple[int | None, str], ...] = ()
     predicted_ms: float | None = None
+    rotary: bool = False
 
 
 @dataclass
@@ -55,8 +58,16 @@ class Lowered:
 class AttentionLowering:
     """Lowers every site of one graph; a site that cannot be lowered stays canonical and exact."""
 
-    def __init__(self, context: RewriteContext, example_inputs: list[Any], chooser: Chooser | None = None):
-        """chooser: which candidates the kernels are; by default every kernel's seed."""
+    def __init__(
+        self,
+        context: RewriteContext,
+        example_inputs: list[Any],
+        chooser: Chooser | None = None,
+        *,
+        rotary: bool = False,
+    ):
+        """chooser: which candidates the kernels are; by default every kernel's seed. rotary: embed in them, too."""
+        self.rotary = rotary
         self.context = context
         self.chooser = chooser or Chooser(context.device)
         self.graph: Graph = context.graph
@@ -226,10 +237,27 @@ class AttentionLowering:
         lens = self._placeholder(f"{keys.past.name}_lens")
         self.inputs.append(torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
-        choice = self.chooser.plan(spec, shape)
-        args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, choice.key())
-        self._replace(site, torch.ops.torchaccel.attend.default, args)
+        rotary = self._rotary(site, spec, shape)
+        if rotary is None:
+            choice = self.chooser.plan(spec, shape)
+            args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, choice.key())
+            self._replace(site, torch.ops.torchaccel.attend.default, args)
+        else:
+            found, choice = rotary
+            tables = (found.cos, found.sin)
+            args = (found.q, found.k_new, values.new, *buffers, lens, site.mask, positions, *tables, choice.key())
+            self._replace(site, torch.ops.torchaccel.attend_rotary.default, args)
         self._note(site, choice, shape, _describe(layouts[0]), plan)
+
+    def _rotary(self, site: AttentionSite, spec: AttentionSpec, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
+        """The rotary embedding that the kernel is to do, and its plan; None where it stays in the graph."""
+        found = find_rotary(site) if self.rotary else None
+        if found is None:
+            return None
+        choice = self.chooser.plan(replace(spec, rotary=found.style, rotary_dim=found.dim), shape)
+        # Stock operators take a dozen launches for what Inductor makes one loop.
+        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in choice.picks)
+        return (found, choice) if generated and self.context.fuel.take() else None
 
     def _buffer(self, past: Node, layout: Layout) -> Node:
         node = self._placeholder(f"{past.name}_buffer")
@@ -262,7 +290,8 @@ class AttentionLowering:
         name = choice.pick(shape.tokens).implementation
         switches = tuple((limit, candidate.key()) for limit, candidate in choice.picks)
         predicted = self.chooser.predicted_ms(choice, shape)
-        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted))
+        rotary = choice.spec.rotary != "none"
+        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted, rotary))
         reason = unsupported(choice.spec, self.context.device.type)
         if reason is not None:
             self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))
