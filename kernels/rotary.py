@@ -44,9 +44,10 @@ def tables(spec: AttentionSpec, cos: Tensor | None, sin: Tensor | None, batch: i
     """cos and sin, after a check that both are there and are ``[B | 1, Q, rotary_dim]`` for ``batch`` and ``tokens``."""
     if cos is None or sin is None:
         raise ValueError(f"the kernel was generated for rotary embedding ('{spec.rotary}') and needs cos and sin")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape[0] not in (1, batch) or tuple(table.shape[1:]) != (tokens, spec.rotary_dim):
-            raise ValueError(
-                f"'{name}' must be of shape [{batch} or 1, {tokens}, {spec.rotary_dim}]; found {list(table.shape)}"
-            )
+    rows, columns, dim = cos.shape
+    if cos.shape != sin.shape or columns != tokens or dim != spec.rotary_dim or rows not in (1, batch):
+        raise ValueError(
+            f"cos and sin must be of shape [{batch} or 1, {tokens}, {spec.rotary_dim}]; found {list(cos.shape)} and "
+            f"{list(sin.shape)}"
+        )
     return cos, sin

@@ -239,11 +239,11 @@ def table_arguments(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
     """``ROTARY_FIELDS`` of tables ``[B | 1, Q, rotary_dim]``: a table of one row serves every row of the batch."""
     if cos.dtype != sin.dtype or cos.dtype not in MASK_KINDS:
         cos, sin = cos.float(), sin.float()
-    found: list[int] = []
-    for table in (cos, sin):
-        b, q, d = table.stride()
-        found += (table.data_ptr(), b if table.shape[0] > 1 else 0, q, d)
-    return (*found, MASK_KINDS[cos.dtype])
+    cos_b, cos_q, cos_d = cos.stride()
+    sin_b, sin_q, sin_d = sin.stride()
+    if cos.shape[0] == 1:
+        cos_b = sin_b = 0
+    return cos.data_ptr(), cos_b, cos_q, cos_d, sin.data_ptr(), sin_b, sin_q, sin_d, MASK_KINDS[cos.dtype]
 
 
 def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

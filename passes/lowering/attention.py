@@ -23,7 +23,7 @@ from torchaccel.runtime.storage import Layout
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from ..dead_code import remove_dead_code
 from .choice import Chooser
-from .rotary import Rotary, find_rotary
+from .rotary import Rotary, find_rotary, pays
 
 
 @dataclass
@@ -252,7 +252,7 @@ class AttentionLowering:
     def _rotary(self, site: AttentionSite, spec: AttentionSpec, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
         """The rotary embedding that the kernel is to do, and its plan; None where it stays in the graph."""
         found = find_rotary(site) if self.rotary else None
-        if found is None:
+        if found is None or not pays(found, self.context.device):
             return None
         choice = self.chooser.plan(replace(spec, rotary=found.style, rotary_dim=found.dim), shape)
         # Stock operators take a dozen launches for what Inductor makes one loop.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch.fx import Node
+from torchaccel.kernels.cpp.fused import MAX_ROWS
 
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.graph.nodes import argument, arguments, dtype, op_name, same_shape, same_size, shape
+from torchaccel.graph.nodes import argument, arguments, dtype, op_name, same_shape, same_size, shape, sizes
 from torchaccel.graph.rotary import Rotation, rotation_of
 
 
@@ -41,6 +43,16 @@ def find_rotary(site: AttentionSite) -> Rotary | None:
     if cos is None or sin is None or (cos, sin) != (_table(k, k.cos), _table(k, k.sin)) or dtype(cos) != dtype(sin):
         return None
     return Rotary(q.x, k.x, cos, sin, q.style, q.dim)
+
+
+def pays(found: Rotary, device: torch.device) -> bool:
+    """Whether attention that rotates is faster than attention and what the graph makes of the rotation otherwise."""
+    batch, _, tokens, _ = sizes(found.q)
+    one = same_size(tokens, 1)
+    if device.type != "cpu":
+        return one  # of many tokens one launch may not append all
+    # One token of a few sequences is rotated by the fused kernel that projects it, so no launch is saved.
+    return not (one and isinstance(batch, int) and batch <= MAX_ROWS)
 
 
 def _table(rotation: Rotation, table: Node) -> Node | None:
