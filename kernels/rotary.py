@@ -40,7 +40,9 @@ def rotated(spec: AttentionSpec, x: Tensor, cos: Tensor | None, sin: Tensor | No
     return torch.cat(((head * cos + turned * sin).to(x.dtype), x[..., spec.rotary_dim :]), -1)
 
 
-def tables(spec: AttentionSpec, cos: Tensor | None, sin: Tensor | None, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+def tables(
+    spec: AttentionSpec, cos: Tensor | None, sin: Tensor | None, batch: int, tokens: int
+) -> tuple[Tensor, Tensor]:
     """cos and sin, after a check that both are there and are ``[B | 1, Q, rotary_dim]`` for ``batch`` and ``tokens``."""
     if cos is None or sin is None:
         raise ValueError(f"the kernel was generated for rotary embedding ('{spec.rotary}') and needs cos and sin")

@@ -222,7 +222,10 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
                 results.append(empty((batch, heads // group, capacity), dtype=torch.float32))
                 extra = (*extra[:6], results[-1].data_ptr())
         if rotates:
-            extra += table_arguments(*rotary.tables(spec, cos, sin, batch, n))
+            cos, sin = rotary.tables(spec, cos, sin, batch, n)
+            if cos.dtype != sin.dtype or cos.dtype not in MASK_KINDS:
+                cos, sin = cos.float(), sin.float()
+            extra += table_arguments(cos, sin)
         kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
@@ -237,8 +240,6 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
 
 def table_arguments(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
     """``ROTARY_FIELDS`` of tables ``[B | 1, Q, rotary_dim]``: a table of one row serves every row of the batch."""
-    if cos.dtype != sin.dtype or cos.dtype not in MASK_KINDS:
-        cos, sin = cos.float(), sin.float()
     cos_b, cos_q, cos_d = cos.stride()
     sin_b, sin_q, sin_d = sin.stride()
     if cos.shape[0] == 1:

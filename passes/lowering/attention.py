@@ -237,9 +237,9 @@ class AttentionLowering:
         lens = self._placeholder(f"{keys.past.name}_lens")
         self.inputs.append(torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
-        rotary = self._rotary(site, spec, shape)
+        choice = self.chooser.plan(spec, shape)
+        rotary = self._rotary(site, choice, shape)
         if rotary is None:
-            choice = self.chooser.plan(spec, shape)
             args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, choice.key())
             self._replace(site, torch.ops.torchaccel.attend.default, args)
         else:
@@ -249,15 +249,16 @@ class AttentionLowering:
             self._replace(site, torch.ops.torchaccel.attend_rotary.default, args)
         self._note(site, choice, shape, _describe(layouts[0]), plan)
 
-    def _rotary(self, site: AttentionSite, spec: AttentionSpec, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
-        """The rotary embedding that the kernel is to do, and its plan; None where it stays in the graph."""
+    def _rotary(self, site: AttentionSite, plain: Plan, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
+        """The rotary embedding that a kernel is to do on top of a plan, and both as one; None where it stays outside."""
         found = find_rotary(site) if self.rotary else None
         if found is None or not pays(found, self.context.device):
             return None
-        choice = self.chooser.plan(replace(spec, rotary=found.style, rotary_dim=found.dim), shape)
-        # Stock operators take a dozen launches for what Inductor makes one loop.
-        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in choice.picks)
-        return (found, choice) if generated and self.context.fuel.take() else None
+        # Stock operators rotate in a dozen launches, Inductor in one loop.
+        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in plain.picks)
+        if not generated or not self.context.fuel.take():
+            return None
+        return found, self.chooser.plan(replace(plain.spec, rotary=found.style, rotary_dim=found.dim), shape)
 
     def _buffer(self, past: Node, layout: Layout) -> Node:
         node = self._placeholder(f"{past.name}_buffer")
