@@ -9,7 +9,7 @@ from .spec import AttentionSpec
 
 
 def refused(spec: AttentionSpec) -> str | None:
-    """Why no kernel rotates as ``spec`` asks, in one line for the user; None when the spec is sound, or asks nothing."""
+    """Why no kernel rotates as ``spec`` asks, in one line for the user; None when one can, or need not."""
     if spec.rotary == "none":
         return None
     if spec.phase != "decode":
@@ -43,7 +43,7 @@ def rotated(spec: AttentionSpec, x: Tensor, cos: Tensor | None, sin: Tensor | No
 def tables(
     spec: AttentionSpec, cos: Tensor | None, sin: Tensor | None, batch: int, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, after a check that both are there and are ``[B | 1, Q, rotary_dim]`` for ``batch`` and ``tokens``."""
+    """cos and sin, after a check that both are there and are ``[batch | 1, tokens, rotary_dim]``."""
     if cos is None or sin is None:
         raise ValueError(f"the kernel was generated for rotary embedding ('{spec.rotary}') and needs cos and sin")
     rows, columns, dim = cos.shape

@@ -192,7 +192,7 @@ class DecodeAttention:
         completes = False
         if k_new is not None and v_new is not None:
             fmt = self._quantised
-            # Once in a block: quantising needs registers that the other steps should not pay for. Keys are rotated before.
+            # Once in a block: quantising, and what it takes, needs registers that the other steps should not pay for.
             completes = fmt is not None and fmt.quantised(end + n) > fmt.quantised(end)
             if completes:
                 k_new = rotary.rotated(spec, k_new, cos, sin)

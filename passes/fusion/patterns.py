@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Graph, Node
 from torchaccel.kernels.fused_spec import Activation, Norm, Rope, Step
 
-from torchaccel.graph.nodes import argument, arguments, is_number, op_name, shape
+from torchaccel.graph.nodes import arguments, is_number, op_name, shape
 from torchaccel.graph.norms import find_norms
 from torchaccel.graph.rotary import rotation_at
 

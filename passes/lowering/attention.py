@@ -250,7 +250,7 @@ class AttentionLowering:
         self._note(site, choice, shape, _describe(layouts[0]), plan)
 
     def _rotary(self, site: AttentionSite, plain: Plan, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
-        """The rotary embedding that a kernel is to do on top of a plan, and both as one; None where it stays outside."""
+        """The rotary embedding that a plan's kernels are to do, and the plan with it; None where it stays outside."""
         found = find_rotary(site) if self.rotary else None
         if found is None or not pays(found, self.context.device):
             return None

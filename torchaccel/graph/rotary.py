@@ -28,7 +28,7 @@ class Rotation:
 
 
 def rotation_of(node: Node) -> Rotation | None:
-    """The rotation whose result is a node: of all channels or of the first ones, in float32 or in x's dtype, or None."""
+    """The rotation whose result is a node: of all channels or the first ones, in float32 or in x's dtype, or None."""
     return rotation_at(node) or _partial(node) or _upcast(node)
 
 
