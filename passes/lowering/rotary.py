@@ -56,8 +56,12 @@ def pays(found: Rotary, device: torch.device) -> bool:
 
 
 def _table(rotation: Rotation, table: Node) -> Node | None:
-    """``[B | 1, Q, dim]`` of a table ``[B | 1, 1, Q, dim]``, or None where it is not spelt like that."""
-    if op_name(table) != "unsqueeze" or argument(table, 1, "dim") not in (1, -3):
+    """``[B | 1, Q, dim]`` of a table ``x.unsqueeze(1)`` or ``x[:, None]``, or None where it is neither."""
+    if op_name(table) == "getitem":
+        index, everything = arguments(table)[1], slice(None)
+        if not isinstance(index, tuple) or index[:2] != (everything, None) or any(i != everything for i in index[2:]):
+            return None
+    elif op_name(table) != "unsqueeze" or argument(table, 1, "dim") not in (1, -3):
         return None
     found = arguments(table)[0]
     of, rows = shape(found) or (), shape(rotation.x) or ()
