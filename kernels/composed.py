@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kv_format, reference
+from . import kv_format, reference, rotary
 from .spec import AttentionSpec
 
 
@@ -22,12 +22,15 @@ def decode_attention(
     positions: Tensor | None,
     index: Tensor | None = None,
     head_windows: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append, read the cache back and call scaled_dot_product_attention; arguments as in the reference."""
     if beyond_sdpa(spec) or k_new is None or v_new is None:
         return reference.decode_attention(
-            spec, q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows
+            spec, q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin
         )
+    q, k_new = rotary.rotated(spec, q, cos, sin), rotary.rotated(spec, k_new, cos, sin)
     start, end, logical = (int(x) for x in lens)
     n = q.shape[2]
     kv_format.append(spec.key_format, k_buf, end, k_new)

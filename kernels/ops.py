@@ -25,6 +25,8 @@ _SCHEMAS = {
     "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> (Tensor, Tensor, Tensor)",
     "attend_shared": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor[] prefixes, str plan, str prefix_plan) -> Tensor",
+    "attend_rotary": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!)? positions, Tensor cos, Tensor sin, str plan) -> Tensor",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
@@ -49,6 +51,7 @@ def library() -> torch.library.Library:
         lib.impl("attend", _attend, key)
         lib.impl("attend_with", _attend_with, key)
         lib.impl("attend_shared", _attend_shared, key)
+        lib.impl("attend_rotary", _attend_rotary, key)
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
@@ -57,7 +60,7 @@ def library() -> torch.library.Library:
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
-    for name in ("attend", "attend_shared", "attend_static", "attend_prompt"):
+    for name in ("attend", "attend_shared", "attend_rotary", "attend_static", "attend_prompt"):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
@@ -141,6 +144,24 @@ def _attend_shared(
     levels = [Level(*level) for level in zip(prefixes[::2], prefixes[1::2], tokens, strict=True)]
     kernels = registry.attend(plan), registry.attend(prefix_plan)
     return shared_prefix.attend(*kernels, levels, q, k_new, v_new, k_buf, v_buf, lens[0], mask)
+
+
+def _attend_rotary(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    plan: str,
+) -> Tensor:
+    run = registry.attend(plan)
+    out: Tensor = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, None, None, cos, sin)
+    return out
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:

@@ -147,14 +147,18 @@ def _decode(
     lens = torch.tensor([0, filled, logical])
     mask = _mask(spec, batch, new, logical + new, generator)
     args: tuple[Any, ...] = (q, *fresh, *buffers, lens, mask, positions)
-    if spec.index == "contiguous" and not spec.head_windows:
+    if spec.index == "contiguous" and not spec.head_windows and spec.rotary == "none":
         return args
     index = None
     if spec.index != "contiguous":
         size = spec.index_block if spec.index == "blocks" else 1
         index = _index(batch, heads, -(-max(filled, 1) // size), generator)
     bound = (torch.arange(heads, device=device) % 2).int() if spec.head_windows else None
-    return (*args, index, bound)
+    if spec.rotary == "none":
+        return (*args, index, bound)
+    # Strided as slices of wider tables, which no model passes but a kernel must take.
+    tables = torch.randn((2, batch, new, 2 * spec.rotary_dim), generator=generator, device=device)[..., ::2]
+    return (*args, index, bound, *tables.to(DTYPES[spec.dtype]))
 
 
 def _mask(spec: AttentionSpec, batch: int, queries: int, columns: int, generator: torch.Generator) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kv_format
+from . import kv_format, rotary
 from .spec import AttentionSpec
 
 
@@ -132,6 +132,8 @@ def decode_attention(
     positions: Tensor | None,
     index: Tensor | None = None,
     head_windows: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append ``k_new``, ``v_new`` to the buffers in place, then attend over everything stored, or what ``index`` lists.
 
@@ -141,16 +143,18 @@ def decode_attention(
     mask: ``[B | 1, H | 1, Q, columns]``, bool or additive, any strides; columns is ``logical + Q`` after an append.
     positions: int32 ``[B, 1 | H_kv, C]``, column of each slot, updated in place; without it slot s is column
     ``s - start`` and the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``.
-    head_windows: int32 ``[H_kv]``. Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32
-    ``[B, H, Q]`` and float32 ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the
-    queries; 0 for slots that are not filled or not read) behind it.
+    head_windows: int32 ``[H_kv]``. cos, sin: for specs that rotate q and k_new first, see ``rotary.rotated``.
+    Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and float32
+    ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for slots that
+    are not filled or not read) behind it.
     """
+    q = rotary.rotated(spec, q, cos, sin)
     start, end, logical = (int(x) for x in lens)
     n = q.shape[2]
     queries = torch.arange(logical, logical + n, device=q.device)
     fresh = 0
     if k_new is not None and v_new is not None:
-        kv_format.append(spec.key_format, k_buf, end, k_new)
+        kv_format.append(spec.key_format, k_buf, end, rotary.rotated(spec, k_new, cos, sin))
         kv_format.append(spec.value_format, v_buf, end, v_new)
         if positions is not None:
             positions[..., end : end + n] = queries.to(positions.dtype)

@@ -123,6 +123,8 @@ class AttentionSpec:
     attend) or "additive" (added to the scaled scores). A key in logical column c is seen by the query in column t iff
     the mask allows it, ``c <= t`` when ``causal``, and, when ``window`` is set, ``c > t - window`` or c is one of the
     first ``sinks`` unmasked columns of the batch row. ``positions`` says that a slot's column is stored, not implied.
+    ``rotary``: q and the new keys come before rotary embedding, with its cos and sin, and are rotated first: the first
+    ``rotary_dim`` channels of a head, in pairs (i, i + rotary_dim / 2) ("half") or (2 i, 2 i + 1) ("interleaved").
     """
 
     phase: Literal["decode", "prefill"]
@@ -143,10 +145,15 @@ class AttentionSpec:
     index_block: int = 64
     lse: bool = False
     mass: bool = False
+    rotary: Literal["none", "half", "interleaved"] = "none"
+    rotary_dim: int = 0
 
     def key(self) -> str:
         """Canonical JSON of the spec: the string that custom ops carry and caches are keyed by."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        fields = asdict(self)
+        if self.rotary == "none":  # as before there was any, so that what was tuned then is still found
+            del fields["rotary"], fields["rotary_dim"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_key(key: str) -> AttentionSpec:

@@ -119,7 +119,8 @@ class Backend:
         label = f"graph{self.graphs_received:02d}"
         context, record.passes = manager.run(module, device, label)
         record.phase = context.anatomy.phase
-        lowered = AttentionLowering(context, inputs, self._chooser(options, device), gate=options.gate).run()
+        chooser = self._chooser(options, device)
+        lowered = AttentionLowering(context, inputs, chooser, gate=options.gate, rotary=options.fusion).run()
         record.sites = lowered.sites
         _speak_of(lowered.declines, options.strict)
         if options.fusion:

@@ -163,7 +163,7 @@ class Report:
             "graph", "attention kernels", "cache", "KV MB", "linears", "calls", "ms/call", "compile s", title="graphs"
         )
         for record in self.records:
-            kernels = _counted([s.kernel + (f" window {s.window}+{s.sinks}" if s.window else "") for s in record.sites])
+            kernels = _counted([_attention(site) for site in record.sites])
             mean = 1e3 * record.counter.seconds / record.counter.calls if record.counter.calls else 0.0
             table.add_row(
                 record.phase,
@@ -200,6 +200,12 @@ class Journal:
             for record in self.by_parameter.get(parameter, []):
                 found.setdefault(id(record), record)
         return Report(list(found.values()))
+
+
+def _attention(site: LoweredSite) -> str:
+    """The kernel of a site and what it does besides attending to everything, such as "cpp rotary window 64+4"."""
+    window = f" window {site.window}+{site.sinks}" if site.window else ""
+    return site.kernel + (" rotary" if site.rotary else "") + window
 
 
 def _counted(names: list[str]) -> str:

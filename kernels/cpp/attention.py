@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import rotary
 from ..spec import DTYPES, AttentionSpec
 from .compile import Entry, compile_source, missing_toolchain, render
 from .formats import C_TYPES, symbols, unsupported
@@ -36,6 +37,8 @@ FIELDS = (
     "index, index_b, index_h, index_n",
     "head_windows, lse, mass",
 )
+# Behind the others, for specs that rotate q and k_new.
+ROTARY_FIELDS = ("cos, cos_b, cos_q, cos_d", "sin, sin_b, sin_q, sin_d", "table_kind")
 SPLITS = ("stream", "kv", "single")
 
 
@@ -57,7 +60,7 @@ def supports(spec: AttentionSpec) -> str | None:
             return f"groups of {name} channels must fill whole bytes, {32 // fmt.bits} channels; found {fmt.group_size}"
     if spec.index == "blocks" and spec.index_block % 16:
         return f"listed blocks must hold a multiple of 16 slots; found {spec.index_block}"
-    return missing_toolchain()
+    return rotary.refused(spec) or missing_toolchain()
 
 
 def tile_of(spec: AttentionSpec) -> int:
@@ -84,7 +87,7 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
         "attention.cpp.jinja",
         title="torchaccel decode attention",
         spec=spec.key(),
-        fields=FIELDS,
+        fields=FIELDS if spec.rotary == "none" else FIELDS + ROTARY_FIELDS,
         q_type=C_TYPES[spec.dtype],
         key=symbols(spec.key_format),
         value=symbols(spec.value_format),
@@ -97,6 +100,8 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
         split=split,
         lse=spec.lse,
         mass=spec.mass,
+        rotary=spec.rotary,
+        rotary_dim=spec.rotary_dim,
         **modifiers(spec),
     )
 
@@ -127,9 +132,10 @@ def _bool(value: bool) -> str:
 def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     """The compiled kernel of ``spec``: ``reference.decode_attention`` without its first argument.
 
-    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)``, shapes and results as in the
-    reference. q, k_new, v_new and the mask may have any strides; the buffers need a contiguous last dimension. With
-    k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are contiguous.
+    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin)``, shapes and results as
+    in the reference. q, k_new, v_new, the mask and the tables may have any strides; the buffers need a contiguous last
+    dimension. With k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are
+    contiguous.
     split: how threads share the tiles, "stream" (stream-K: equal shares of all tiles), "kv" (each KV head's tiles cut
     in as many parts as there are threads) or "single" (a KV head to a thread). Raises ``ValueError`` for a spec that
     ``supports`` refuses; the returned function raises ``RuntimeError`` when the buffer is full.
@@ -150,7 +156,7 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     k_coded, v_coded = key.is_quantised, value.is_quantised
     indexed, sides = spec.index != "contiguous", spec.lse or spec.mass
     group, head_dim = spec.group, value.head_dim
-    masked, windows = spec.mask != "none", spec.head_windows
+    masked, windows, rotates = spec.mask != "none", spec.head_windows, spec.rotary != "none"
     empty = torch.empty
 
     def call(
@@ -164,6 +170,8 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
         positions: Tensor | None,
         index: Tensor | None = None,
         head_windows: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> Any:
         batch, heads, n, _ = q.shape
         out = empty((batch, heads, n, head_dim), dtype=dtype)
@@ -215,6 +223,11 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
                 results.append(empty((batch, heads // group, capacity), dtype=torch.float32))
                 extra = (*extra[:6], results[-1].data_ptr())
         place = (0, 0, 0) if positions is None else (positions.data_ptr(), positions.stride(0), head_stride(positions))
+        if rotates:
+            cos, sin = rotary.tables(spec, cos, sin, batch, n)
+            if cos.dtype != sin.dtype or cos.dtype not in MASK_KINDS:
+                cos, sin = cos.float(), sin.float()
+            extra += table_arguments(cos, sin)
         kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
@@ -230,6 +243,15 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
 def head_stride(positions: Tensor) -> int:
     """Elements from one KV head's positions to the next's; 0 where the heads share them."""
     return positions.stride(1) if positions.shape[1] > 1 else 0
+
+
+def table_arguments(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
+    """``ROTARY_FIELDS`` of tables ``[B | 1, Q, rotary_dim]``: a table of one row serves every row of the batch."""
+    cos_b, cos_q, cos_d = cos.stride()
+    sin_b, sin_q, sin_d = sin.stride()
+    if cos.shape[0] == 1:
+        cos_b = sin_b = 0
+    return cos.data_ptr(), cos_b, cos_q, cos_d, sin.data_ptr(), sin_b, sin_q, sin_d, MASK_KINDS[cos.dtype]
 
 
 def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kv_format
+from .. import kv_format, rotary
 from ..spec import AttentionSpec, KVFormat
 from .decode_source import (
     completion_parameters,
@@ -58,7 +58,7 @@ def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
         return f"softcap must be positive, found {spec.softcap}"
     if spec.window is not None and spec.window < 1:
         return f"window must be at least 1, found {spec.window}"
-    return None
+    return rotary.refused(spec)
 
 
 def _refuses(fmt: KVFormat) -> str | None:
@@ -151,6 +151,8 @@ class DecodeAttention:
         positions: Tensor | None = None,
         index: Tensor | None = None,
         head_windows: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Append ``k_new`` and ``v_new`` in place, then attend over everything stored, or what ``index`` lists.
 
@@ -159,7 +161,7 @@ class DecodeAttention:
         are. k_buf, v_buf: buffers of the spec's formats, slots contiguous. lens: int64 ``[3]`` on the CPU: first live
         slot, end of the filled slots, logical length, before the append. mask: ``[B | 1, H | 1, Q, columns]``, any
         strides. positions: int32 ``[B, 1 | H_kv, C]``, updated in place. index: int32 ``[B, H_kv, N]``.
-        head_windows: int32 ``[H_kv]``.
+        head_windows: int32 ``[H_kv]``. cos, sin: ``[B | 1, Q, rotary_dim]``, for specs that rotate q and k_new.
         Returns ``[B, H, Q, D]``, contiguous, in q's dtype (rows that see no key are zero), and behind it what the spec
         asks for: log-sum-exp, float32 ``[B, H, Q]``, and mass, float32 ``[B, H_kv, C]``.
         """
@@ -170,9 +172,15 @@ class DecodeAttention:
                 f"mask, positions, index and head_windows must be given exactly when the spec names them: {spec.key()}"
             )
         start, end, logical = lens.tolist()
-        call = _Call(k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows)
         n = q.shape[2]
+        if spec.rotary != "none":
+            cos, sin = _tables(*rotary.tables(spec, cos, sin, q.shape[0], n))
+        call = _Call(k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin)
         if supports(spec, n):
+            if spec.rotary != "none":
+                q, k_new = (None if x is None else rotary.rotated(spec, x, cos, sin) for x in (q, k_new))
+                plain = decode_attention(replace(spec, rotary="none", rotary_dim=0), **self.choices)
+                return plain(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)
             if k_new is not None and v_new is not None:
                 kv_format.append(spec.key_format, k_buf, end, k_new)
                 kv_format.append(spec.value_format, v_buf, end, v_new)
@@ -181,15 +189,19 @@ class DecodeAttention:
                 call = replace(call, end=end + n)
             return self._in_parts(q, call)
         fresh: dict[str, Any] = {}
+        completes = False
         if k_new is not None and v_new is not None:
+            fmt = self._quantised
+            # Once in a block: quantising, and what it takes, needs registers that the other steps should not pay for.
+            completes = fmt is not None and fmt.quantised(end + n) > fmt.quantised(end)
+            if completes:
+                k_new = rotary.rotated(spec, k_new, cos, sin)
             k_new, *k_strides = rows_in_units(k_new, spec.head_dim)
             v_new, *v_strides = rows_in_units(v_new, spec.head_dim)
             fresh = {"k_new": k_new, "v_new": v_new}
             fresh |= zip(("kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"), (*k_strides, *v_strides), strict=True)
         with torch.cuda.device_of(q):
-            fmt = self._quantised
-            if fresh and fmt is not None and fmt.quantised(end + n) > fmt.quantised(end):
-                # Once in a block: quantising needs registers that the other steps should not pay for.
+            if completes:
                 values = self._arguments(q, call, fresh)
                 plan = self._plan(True, n, q.device)
                 completion = [values[name] for name in completion_parameters(spec)]
@@ -303,6 +315,9 @@ class DecodeAttention:
             values |= {"index": index, "index_b": index.stride(0), "index_h": index.stride(1)}
             values["entries"] = index.shape[2]
         values["head_windows"] = call.head_windows
+        if call.cos is not None:
+            steps = call.cos.stride(0) if call.cos.shape[0] > 1 else 0, call.cos.stride(1)
+            values |= {"cos": call.cos, "sin": call.sin, "table_b": steps[0], "table_t": steps[1]}
         return values
 
     def _in_parts(self, q: Tensor, call: _Call) -> Tensor | tuple[Tensor, ...]:
@@ -342,6 +357,15 @@ class _Call:
     positions: Tensor | None
     index: Tensor | None
     head_windows: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of equal strides, the last one 1."""
+    if cos.stride(2) != 1 or cos.stride() != sin.stride():
+        return cos.contiguous(), sin.contiguous()
+    return cos, sin
 
 
 def _slices(call: _Call, n: int, size: int) -> Iterator[tuple[slice, _Call]]:

@@ -23,6 +23,8 @@ _TENSORS = {
     "positions",
     "index",
     "head_windows",
+    "cos",
+    "sin",
 }
 
 
@@ -56,13 +58,18 @@ def parameters(spec: AttentionSpec, append: bool, stream: bool = False) -> list[
     names += ["start", "end", "logical", "q_b", "q_h", "q_t", "k_b", "k_h", "v_b", "v_h"]
     if append:
         names += ["k_new", "v_new", "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"]
-    return names + _selection(spec, append)
+    return names + _selection(spec, append) + _tables(spec)
 
 
 def weigh_parameters(spec: AttentionSpec) -> list[str]:
     """Run-time parameters of the generated ``weigh``, in order."""
     names = ["q", "k_buf", "lse", "mass", "capacity", "start", "end", "logical", "q_b", "q_h", "q_t", "k_b", "k_h"]
-    return names + _selection(spec, append=False)
+    return names + _selection(spec, append=False) + _tables(spec)
+
+
+def _tables(spec: AttentionSpec) -> list[str]:
+    """The parameters with which queries and new keys are rotated."""
+    return [] if spec.rotary == "none" else ["cos", "sin", "table_b", "table_t"]
 
 
 def _selection(spec: AttentionSpec, append: bool) -> list[str]:

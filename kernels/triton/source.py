@@ -64,6 +64,8 @@ def render(template: str, spec: AttentionSpec, **values: Any) -> str:
         # A log-sum-exp that only the mass kernel reads is stored as well.
         lse=spec.lse or spec.mass,
         natural=spec.mask == "additive",
+        rotary=spec.rotary,
+        rotary_dim=spec.rotary_dim,
         **values,
     )
 

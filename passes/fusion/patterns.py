@@ -9,8 +9,9 @@ from typing import Any
 from torch.fx import Graph, Node
 from torchaccel.kernels.fused_spec import Activation, Norm, Rope, Step
 
-from torchaccel.graph.nodes import argument, arguments, is_number, op_name, shape
+from torchaccel.graph.nodes import arguments, is_number, op_name, shape
 from torchaccel.graph.norms import find_norms
+from torchaccel.graph.rotary import rotation_at
 
 from .aliases import source
 
@@ -35,10 +36,10 @@ def match_norms(graph: Graph) -> Iterator[Matched]:
 def match_rope(graph: Graph) -> Iterator[Matched]:
     """Every ``x * cos + rotate_half(x) * sin`` whose tables have one row, or one for each entry of the batch."""
     for node in graph.nodes:
-        found = _rope_at(node) if op_name(node) == "add" and len(arguments(node)) == 2 else None
-        if found is not None:
-            x, cos, sin, nodes = found
-            yield node, Rope, {"x": source(x), "cos": source(cos), "sin": source(sin)}, nodes, {}
+        found = rotation_at(node)
+        if found is not None and found.style == "half" and all(_is_table(t, found.x) for t in (found.cos, found.sin)):
+            values = {"x": source(found.x), "cos": source(found.cos), "sin": source(found.sin)}
+            yield node, Rope, values, found.nodes, {}
 
 
 def match_gelu(graph: Graph) -> Iterator[Matched]:
@@ -77,47 +78,6 @@ def _times(node: Any, factor: float) -> Any:
     if len(numbers) != 1 or len(others) != 1 or abs(numbers[0] - factor) > 1e-6 * factor:
         return None
     return others[0]
-
-
-def _rope_at(node: Node) -> tuple[Node, Node, Node, frozenset[Node]] | None:
-    products = [side for side in arguments(node) if isinstance(side, Node) and op_name(side) == "mul"]
-    if len(products) != 2 or any(len(arguments(p)) != 2 for p in products):
-        return None
-    for plain, rotated in (products, products[::-1]):
-        halves = next((side for side in arguments(rotated) if op_name(side) == "cat"), None)
-        inside = _rotated(halves) if isinstance(halves, Node) else None
-        if inside is None or not isinstance(halves, Node):
-            continue
-        x, nodes = inside
-        cos, sin = _other(plain, x), _other(rotated, halves)
-        if cos is not None and sin is not None and all(_is_table(table, x) for table in (cos, sin)):
-            return x, cos, sin, frozenset({node, plain, rotated, halves, *nodes})
-    return None
-
-
-def _rotated(halves: Node) -> tuple[Node, set[Node]] | None:
-    """x of ``cat((-x[..., D/2:], x[..., :D/2]), -1)`` and the nodes between."""
-    parts, dim = arguments(halves)[0], argument(halves, 1, "dim", 0)
-    if not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-1, len(shape(halves) or ()) - 1):
-        return None
-    negated, first = parts
-    if op_name(negated) != "neg" or op_name(first) != "getitem":
-        return None
-    second = arguments(negated)[0]
-    if op_name(second) != "getitem" or arguments(second)[0] is not arguments(first)[0]:
-        return None
-    x = arguments(first)[0]
-    half = (shape(halves) or (0,))[-1] // 2
-    if arguments(first)[1] != (Ellipsis, slice(None, half, None)) or shape(x) != shape(halves):
-        return None
-    if arguments(second)[1] != (Ellipsis, slice(half, None, None)) or not isinstance(x, Node):
-        return None
-    return x, {negated, first, second}
-
-
-def _other(product: Node, one: Node) -> Node | None:
-    sides = [side for side in arguments(product) if side is not one]
-    return sides[0] if len(sides) == 1 and isinstance(sides[0], Node) else None
 
 
 def _is_table(table: Node, x: Node) -> bool:

@@ -26,6 +26,7 @@ from ..dead_code import remove_dead_code
 from .choice import Chooser
 from .gate import Gate, Judgement
 from .prompt_outputs import prompt_outputs
+from .rotary import Rotary, find_rotary, pays
 
 # The place of the mass among the results of the operators that have side results.
 MASS = 2
@@ -37,7 +38,8 @@ class LoweredSite:
 
     switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
     predicted_ms: of one call, with as many tokens stored as when the graph was compiled. gate: what the cost model
-    predicts of the lossy site against the exact one, in one line.
+    predicts of the lossy site against the exact one, in one line. rotary: whether the kernel does the rotary embedding
+    of the queries and the new keys, too.
     """
 
     site: str
@@ -48,6 +50,7 @@ class LoweredSite:
     switches: tuple[tuple[int | None, str], ...] = ()
     predicted_ms: float | None = None
     gate: str = ""
+    rotary: bool = False
 
 
 @dataclass
@@ -64,9 +67,19 @@ class AttentionLowering:
     """Lowers every site of one graph; a site that cannot be lowered stays canonical and exact."""
 
     def __init__(
-        self, context: RewriteContext, example_inputs: list[Any], chooser: Chooser | None = None, *, gate: bool = True
+        self,
+        context: RewriteContext,
+        example_inputs: list[Any],
+        chooser: Chooser | None = None,
+        *,
+        gate: bool = True,
+        rotary: bool = False,
     ):
-        """chooser: which candidates the kernels are; by default every kernel's seed. gate: decline what is slower."""
+        """chooser: which candidates the kernels are; by default every kernel's seed. gate: decline what is slower.
+
+        rotary: let the kernels embed queries and keys, too.
+        """
+        self.rotary = rotary
         self.context = context
         self.chooser = chooser or Chooser(context.device)
         self.gate = Gate(self.chooser, self._spec, gate)
@@ -282,10 +295,32 @@ class AttentionLowering:
             assert received is not None
             binding = replace(binding, mass_output=self._extra_output(received))
         else:
-            self._replace(site, torch.ops.torchaccel.attend.default, (*args, choice.key()))
+            choice = self._attend(site, args, choice, shape)
         evicts = policy is not None and not policy.grows
         self.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
+
+    def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan, shape: AttentionShape) -> Plan:
+        """Attention without side results, with rotary embedding where that pays; returns what was chosen."""
+        rotary = self._rotary(site, plan, shape)
+        if rotary is None:
+            self._replace(site, torch.ops.torchaccel.attend.default, (*args, plan.key()))
+            return plan
+        found, choice = rotary
+        rotated = (found.q, found.k_new, *args[2:], found.cos, found.sin, choice.key())
+        self._replace(site, torch.ops.torchaccel.attend_rotary.default, rotated)
+        return choice
+
+    def _rotary(self, site: AttentionSite, plain: Plan, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
+        """The rotary embedding that a plan's kernels are to do, and the plan with it; None where it stays outside."""
+        found = find_rotary(site) if self.rotary else None
+        if found is None or not pays(found, self.context.device):
+            return None
+        # Stock operators rotate in a dozen launches, Inductor in one loop.
+        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in plain.picks)
+        if not generated or not self.context.fuel.take():
+            return None
+        return found, self.chooser.plan(replace(plain.spec, rotary=found.style, rotary_dim=found.dim), shape)
 
     def _attend_shared(
         self,
@@ -355,7 +390,9 @@ class AttentionLowering:
         name = choice.pick(shape.tokens).implementation
         switches = tuple((limit, candidate.key()) for limit, candidate in choice.picks)
         predicted = self.chooser.predicted_ms(choice, shape)
-        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted))
+        rotary = choice.spec.rotary != "none"
+        lowered = LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted)
+        self.sites.append(replace(lowered, rotary=rotary))
         reason = unsupported(choice.spec, self.context.device.type)
         if reason is not None:
             self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ SOURCES = {
     "decode_f32": lambda: attention.source(SPECS["f32"]),
     "decode_bf16_bool": lambda: attention.source(SPECS["bf16_bool"]),
     "decode_f32_int8_positions_additive": lambda: attention.source(SPECS["f32_int8_positions_additive"]),
+    "decode_bf16_bool_rotary": lambda: attention.source(replace(SPECS["bf16_bool"], rotary="half", rotary_dim=64)),
     "prefill_bf16_window": lambda: window_prefill.source(PREFILL_SPECS["bf16_window"]),
     "linear_bf16_3": lambda: linear.source(LinearSpec("bfloat16", 1, False), 3),
     "append_int8_keys": lambda: append.source(SPECS["bf16_int8_bool"].key_format),

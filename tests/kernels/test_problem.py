@@ -22,6 +22,7 @@ SPECS = {
     "decode_additive": replace(DECODE, mask="additive"),
     "decode_positions": replace(DECODE, positions=True, mask="bool"),
     "decode_int8": replace(DECODE, key_format=INT8[0], value_format=INT8[1]),
+    "decode_rotary": replace(DECODE, rotary="half", rotary_dim=16),
     "decode_window": replace(DECODE, window=50, sinks=4, head_windows=True),
     "decode_blocks": replace(DECODE, index="blocks", lse=True),
     "decode_tokens": replace(DECODE, index="tokens", mass=True),

@@ -56,6 +56,7 @@ SOURCES = {
     "decode_window_sinks_additive_softcap": lambda: decode_source.generate(
         replace(DENSE, window=1024, sinks=4, mask="additive", softcap=30.0, head_dim=80)
     ),
+    "decode_int8_rotary": lambda: decode_source.generate(replace(INT8, rotary="half", rotary_dim=24)),
     "merge_three": lambda: merge.generate(3, 80),
     "prefill_window_sinks": lambda: window_prefill.generate(WINDOW),
     "prefill_blocks_lse_mass": lambda: window_prefill.generate(
@@ -222,6 +223,7 @@ DECLINED: list[tuple[AttentionSpec, int, str]] = [
     (replace(DENSE, index="blocks", index_block=8), 1, "multiple of 16 slots"),
     (replace(DENSE, softcap=0.0), 1, "softcap"),
     (replace(DENSE, window=0), 1, "window"),
+    (replace(DENSE, rotary="half", rotary_dim=66), 1, "an even number of channels is rotated, 2 to 64; found"),
 ]
 
 

@@ -38,11 +38,12 @@ def _task(operator: str, node: Node, tokens: int | None) -> Task | None:
         rows = math.prod(_shape(x)[:-1])
         spec = LinearSpec(str(dtype), rows, any(bias is not None for bias in biases))  # type: ignore[union-attr]
         return Task(spec, {"M": rows, "K": widths[0][1], "N": sum(width[0] for width in widths)})
-    if operator not in ("torchaccel::attend", "torchaccel::attend_static", "torchaccel::attend_prompt"):
+    appends = operator in ("torchaccel::attend", "torchaccel::attend_rotary")
+    if not appends and operator not in ("torchaccel::attend_static", "torchaccel::attend_prompt"):
         return None
     attention = read_attention(str(node.args[-1]))
     queries, keys = _shape(node.args[0]), _shape(node.args[1])
-    stored = tokens if tokens is not None or operator == "torchaccel::attend" else keys[2]
+    stored = tokens if tokens is not None or appends else keys[2]
     if stored is None:
         return None
     shape = {"B": queries[0], "H_kv": keys[1], "S": stored}

@@ -107,6 +107,8 @@ _VARIANTS: dict[str, tuple[str, DecodeCase]] = {
     "blocks-int4": ("attend", DecodeCase("", index="blocks", **_INT4)),
     "tokens": ("attend", DecodeCase("", index="tokens", head_dim=128)),
     "tokens-int4": ("attend", DecodeCase("", index="tokens", **_INT4)),
+    "rotary": ("attend", DecodeCase("", rotary="half", rotary_dim=128, head_dim=128)),
+    "rotary-int8": ("attend", DecodeCase("", rotary="interleaved", rotary_dim=64, **_INT8)),
     "weigh": ("weigh", DecodeCase("", mass=True, append=False, head_dim=128)),
     "weigh-blocks-int4": ("weigh", DecodeCase("", mass=True, append=False, index="blocks", **_INT4)),
 }
@@ -197,6 +199,8 @@ _TYPES = {
     "positions": "*i32",
     "index": "*i32",
     "head_windows": "*i32",
+    "cos": "element",
+    "sin": "element",
 }
 
 
