@@ -178,7 +178,8 @@ class DecodeAttention:
         call = _Call(k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin)
         if supports(spec, n):
             if spec.rotary != "none":
-                q, k_new = (None if x is None else rotary.rotated(spec, x, cos, sin) for x in (q, k_new))
+                q = rotary.rotated(spec, q, cos, sin)
+                k_new = None if k_new is None else rotary.rotated(spec, k_new, cos, sin)
                 plain = decode_attention(replace(spec, rotary="none", rotary_dim=0), **self.choices)
                 return plain(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)
             if k_new is not None and v_new is not None:

@@ -130,14 +130,14 @@ def _part(node: Any) -> tuple[Node, range, set[Node]] | None:
         if argument(whole, 2, "dim", 0) not in (-1, len(shape(x) or ()) - 1) or not isinstance(each, int):
             return None
         return x, range(index * each, index * each + size), {whole, node}
-    size = (shape(whole) or (None,))[-1]
-    if not isinstance(size, int) or not isinstance(index, tuple) or not isinstance(index[-1], slice):
+    width = (shape(whole) or (None,))[-1]
+    if not isinstance(width, int) or not isinstance(index, tuple) or not isinstance(index[-1], slice):
         return None
     if any(part is not Ellipsis and part != slice(None) for part in index[:-1]):
         return None
     if index[0] is not Ellipsis and len(index) != len(shape(whole) or ()):
         return None
-    return whole, range(size)[index[-1]], {node}
+    return whole, range(width)[index[-1]], {node}
 
 
 def _other(product: Node, one: Any) -> Node | None:

@@ -115,22 +115,19 @@ def test_what_does_not_match_stays_as_it_was(model: type[Attention], rotates: bo
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 def test_greedy_tokens_are_those_of_eager(family: str) -> None:
-    """Left-padded: two sequences, which fused kernels rotate, and more, which attention does; then a second turn."""
     eager, fast = compiled(family, layers=2)
-    for batch in (2, MANY):
-        inputs = prompt(batch, 11, padding=tuple(row % 5 for row in range(batch)))
-        assert torch.equal(greedy(fast, inputs, 24), greedy(eager, inputs, 24))
-        decode = [record for record in torchaccel.report(fast).records if record.phase == "decode"][-1]
-        assert {site.rotary for site in decode.sites} == {batch == MANY}
+    inputs = prompt(MANY, 11, padding=tuple(row % 5 for row in range(MANY)))
+    assert torch.equal(greedy(fast, inputs, 24), greedy(eager, inputs, 24))
     found = torchaccel.report(fast)
-    assert all_lowered(fast) and "2 x cpp rotary" in str(found)
-    assert found.to_dict()["records"][-1]["sites"][0]["rotary"] is True
+    assert all_lowered(fast) and found.recompiles == 0
+    assert "2 x cpp rotary" in str(found)
+    assert all(site["rotary"] for site in found.to_dict()["records"][-1]["sites"])
 
 
-@pytest.mark.parametrize("options", [{"kv_compression": "int8"}, {"token_pruning": "fastv"}])
+@pytest.mark.parametrize("options", [{"kv_compression": "int8"}, {"token_pruning": {"method": "fastv", "layer": 1}}])
 def test_layouts_of_methods_hold_the_rotated_keys(options: dict[str, Any]) -> None:
-    _, fast = compiled("llama", options=options)
-    _, outside = compiled("llama", options={**options, "fusion": False})
+    _, fast = compiled("llama", layers=2, options=options)
+    _, outside = compiled("llama", layers=2, options={**options, "fusion": False})
     inputs = prompt(MANY, 80, padding=tuple(range(MANY)))
     assert torch.equal(greedy(fast, inputs, 24), greedy(outside, inputs, 24))
     rotary = [{site.rotary for site in torchaccel.report(model).records[-1].sites} for model in (fast, outside)]
