@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
+# Fields that specs have not always had: a key names them only where they say something, so that keys on disk stay valid.
+LATER_FIELDS: dict[str, Any] = {"rank": 0, "outliers": 0, "codebook": "uniform"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a block of codes stores for each (batch, KV head): its name, dtype and sizes."""
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a block."""
+        return prod(self.sizes) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,18 @@ class KVFormat:
     "token" for values. Codes are uint8 ``[Q / n, M, 4]`` with Q quads of that dimension (padded to whole bytes), M the
     size of the other one, and ``n = 8 / bits`` quads in the bits of each byte, the first one lowest. A dot product with
     integers takes four neighbours at once, and a vector of sums is one of neighbouring tokens, or channels.
+
+    rank, outliers: what GEAR (arXiv 2403.05527) adds to codes; 0 for neither. Of every group ``outliers`` values, half
+    of them its largest and half its smallest, count as the group's mean when it is quantised; what is left of the error
+    elsewhere is approximated by ``A @ B.T`` of this rank, and what is then left of the outliers is stored by itself. The
+    value read is ``code * scale + minimum + (A @ B.T) + outlier``. Unlike in the paper, where a prompt is one block,
+    every block stands for itself, as appending and truncating need it, and an outlier is one of its group of values
+    (the whole channel, or token, where group is 0), as it is the group's range that it would stretch.
+    codebook: "uniform", or "gaussian": codes are places in the best table for normally distributed numbers, ``x =
+    table[code] * scale``, without minima (TurboQuant, arXiv 2504.19874). It is for tokens that were rotated (see
+    rotation.py), with int4 or int2 and a scale for each token.
+
+    Raises ``ValueError`` for fields that contradict each other.
     """
 
     kind: Literal["dense", "int8", "int4", "int2", "empty"]
@@ -55,6 +84,23 @@ class KVFormat:
     group: int = 0
     window: int = 0
     packing: Literal["channel", "token"] = "channel"
+    rank: int = 0
+    outliers: int = 0
+    codebook: Literal["uniform", "gaussian"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.codebook == "gaussian":
+            if self.kind not in ("int4", "int2") or self.axis != "token" or self.is_corrected:
+                raise ValueError(
+                    "codebook 'gaussian' is for kind 'int4' or 'int2', axis 'token', without rank and outliers; "
+                    f"found {self}"
+                )
+        elif self.is_corrected and not self.is_quantised:
+            raise ValueError(f"rank and outliers correct codes, which kind {self.kind!r} has not; found {self}")
+        if self.rank < 0 or self.outliers < 0 or self.outliers % 2:
+            raise ValueError(f"rank is at least 0, outliers are an even number; found {self}")
+        if self.outliers > self.group_size or (self.outliers and self.group_size > 256):
+            raise ValueError(f"outliers are at most as many as a group has values, and that at most 256; found {self}")
 
     @property
     def is_quantised(self) -> bool:
@@ -95,9 +141,29 @@ class KVFormat:
         return -(-packed // (4 * (8 // self.bits))) * other * 4
 
     @property
+    def is_corrected(self) -> bool:
+        """Whether blocks store what quantisation lost."""
+        return self.rank > 0 or self.outliers > 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a block stores, in the order in which it lies there."""
+        half, byte, groups = torch.float16, torch.uint8, self.groups
+        found = [Part("codes", byte, (self.code_bytes,)), Part("scales", half, (groups,))]
+        if self.codebook == "uniform":
+            found.append(Part("minima", half, (groups,)))
+        if self.rank:
+            found.append(Part("token_factors", half, (self.rank, self.block)))
+            found.append(Part("channel_factors", half, (self.rank, self.head_dim)))
+        if self.outliers:
+            found.append(Part("outliers", half, (self.outliers, groups)))
+            found.append(Part("places", byte, (self.outliers, groups)))
+        return tuple(found)
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one block: codes, scales, minima."""
-        return self.code_bytes + 4 * self.groups
+        """Bytes of one block, rounded up to whole words of 4."""
+        return -(-sum(part.nbytes for part in self.parts) // 4) * 4
 
     @property
     def token_bytes(self) -> float:
@@ -146,7 +212,7 @@ class AttentionSpec:
 
     def key(self) -> str:
         """Canonical JSON of the spec: the string that custom ops carry and caches are keyed by."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(named(asdict(self)), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_key(key: str) -> AttentionSpec:
@@ -156,6 +222,15 @@ class AttentionSpec:
     def dense(self) -> AttentionSpec:
         """The same attention over every visible key."""
         return replace(self, window=None, sinks=0)
+
+
+def named(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec, or a format, as a key names them: without later ones that say nothing."""
+    return {
+        name: named(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+    }
 
 
 @lru_cache(maxsize=4096)
