@@ -47,7 +47,7 @@ def encode(fmt: KVFormat, x: Tensor) -> tuple[Tensor, Tensor]:
     norm = x.norm(dim=-1, keepdim=True)
     points = torch.tensor(gaussian(fmt.bits), dtype=torch.float64, device=x.device)
     y = x / torch.where(norm > 0, norm, torch.ones_like(norm)) * math.sqrt(x.shape[-1])
-    codes = torch.bucketize(y, (points[1:] + points[:-1]) / 2)
+    codes = torch.bucketize(y.contiguous(), (points[1:] + points[:-1]) / 2)
     rounded = points[codes].norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
     return codes.to(torch.uint8), (norm / rounded).half()
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 from torch import Tensor
 
 from .. import kv_format
-from ..spec import DTYPES, KVFormat
+from ..spec import DTYPES, KVFormat, named
 from .compile import compile_source, missing_toolchain, render
-from .formats import symbols, unsupported
+from .formats import additions, symbols, unsupported
 
 Append = Callable[[Tensor, int, Tensor], None]
 
@@ -31,9 +31,10 @@ def source(fmt: KVFormat) -> str:
     return render(
         "bulk_append.cpp.jinja",
         title="torchaccel append to a quantised KV buffer",
-        spec=json.dumps(asdict(fmt), sort_keys=True),
+        spec=json.dumps(named(asdict(fmt)), sort_keys=True),
         fields=FIELDS,
         format=symbols(fmt),
+        **additions(fmt),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..spec import DTYPES, AttentionSpec
 from .compile import Entry, compile_source, missing_toolchain, render
-from .formats import C_TYPES, symbols, unsupported
+from .formats import C_TYPES, additions, symbols, unsupported
 
 Decode = Callable[..., Any]
 
@@ -97,6 +97,7 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
         split=split,
         lse=spec.lse,
         mass=spec.mass,
+        **additions(spec.key_format, spec.value_format),
         **modifiers(spec),
     )
 

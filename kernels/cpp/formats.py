@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .. import codebook, low_rank
 from ..spec import KVFormat
 
 C_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
 MAX_HEAD_DIM = 256
 MAX_BLOCK = 256
+MAX_RANK = 16
 
 
 def unsupported(fmt: KVFormat, name: str = "token") -> str | None:
@@ -22,6 +24,8 @@ def unsupported(fmt: KVFormat, name: str = "token") -> str | None:
     size, whole = fmt.group_size, fmt.block if fmt.axis == "channel" else fmt.head_dim
     if whole % size or (size % 16 and size != whole):
         return f"groups of {name}s must be multiples of 16 that divide {whole}; found {size}"
+    if fmt.rank > MAX_RANK:
+        return f"the C++ kernel corrects errors with factors of rank up to {MAX_RANK}; found {fmt.rank} ({name}s)"
     return None
 
 
@@ -37,6 +41,24 @@ def symbols(fmt: KVFormat) -> dict[str, object]:
         "window": fmt.window if coded else 0,
         "dim": fmt.head_dim,
         "type": C_TYPES[fmt.dtype],
+        "corrected": fmt.is_corrected,
+        "rank": fmt.rank,
+        "outliers": fmt.outliers,
+        "gaussian": fmt.codebook == "gaussian",
+    }
+
+
+def additions(*formats: KVFormat) -> dict[str, object]:
+    """The symbols of append.cpp.jinja: what the formats of a source need beyond plain codes."""
+    return {
+        "corrected": any(fmt.is_corrected for fmt in formats),
+        "codebooks": [
+            (bits, [repr(point) for point in codebook.gaussian(bits)])
+            for bits in sorted({fmt.bits for fmt in formats if fmt.codebook == "gaussian"})
+        ],
+        "rounds": low_rank.ROUNDS,
+        "vanished": low_rank.VANISHED,
+        "golden": low_rank.GOLDEN,
     }
 
 
