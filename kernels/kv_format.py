@@ -116,7 +116,9 @@ def dequantise(fmt: KVFormat, codes: Tensor, *parts: Tensor) -> Tensor:
     if fmt.rank:
         x = x + _grouped(fmt, stored["token_factors"].float().mT @ stored["channel_factors"].float())
     if fmt.outliers:
-        values, places = (t.unflatten(-1, (-1, others)).movedim(-3, dim) for t in (stored["outliers"], stored["places"]))
+        values, places = (
+            t.unflatten(-1, (-1, others)).movedim(-3, dim) for t in (stored["outliers"], stored["places"])
+        )
         x = x.scatter_add(dim, places.long(), values.float())
     return _ungrouped(fmt, x).to(DTYPES[fmt.dtype])
 

@@ -146,6 +146,11 @@ class KVFormat:
         return self.rank > 0 or self.outliers > 0
 
     @property
+    def corrections(self) -> float:
+        """Numbers that correct codes, for each token and channel."""
+        return self.rank * (1 / self.block + 1 / self.head_dim) + self.outliers / self.group_size
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """What a block stores, in the order in which it lies there."""
         half, byte, groups = torch.float16, torch.uint8, self.groups

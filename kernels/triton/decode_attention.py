@@ -62,6 +62,10 @@ def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
 
 
 def _refuses(fmt: KVFormat) -> str | None:
+    if fmt.is_corrected:
+        return f"codes are read as they are, without corrections; found rank {fmt.rank}, {fmt.outliers} outliers"
+    if fmt.codebook != "uniform":
+        return f"codes are scaled, not looked up; found codebook '{fmt.codebook}'"
     size = fmt.group_size
     if fmt.block < 16 or fmt.block & (fmt.block - 1):
         return f"blocks of a power of two tokens from 16 on, not {fmt.block}"

@@ -16,6 +16,7 @@ from torchaccel.kernels.cpp import compile as toolchain
 from torchaccel.kernels.spec import LinearSpec
 
 from tests.kernels.cpp_support.cases import SPECS, assert_same, inputs
+from tests.kernels.test_cpp_formats import DECODE
 from tests.kernels.test_cpp_prefill import SPECS as PREFILL_SPECS
 from tests.kernels.test_selection import SPECS as SELECTION_SPECS
 from tests.kernels.test_selection_prompt import SPECS as PROMPT_SELECTION_SPECS
@@ -25,6 +26,7 @@ SOURCES = {
     "decode_f32": lambda: attention.source(SPECS["f32"]),
     "decode_bf16_bool": lambda: attention.source(SPECS["bf16_bool"]),
     "decode_f32_int8_positions_additive": lambda: attention.source(SPECS["f32_int8_positions_additive"]),
+    "decode_bf16_gear2": lambda: attention.source(DECODE["gear2"]),
     "prefill_bf16_window": lambda: window_prefill.source(PREFILL_SPECS["bf16_window"]),
     "linear_bf16_3": lambda: linear.source(LinearSpec("bfloat16", 1, False), 3),
     "append_int8_keys": lambda: append.source(SPECS["bf16_int8_bool"].key_format),

@@ -11,14 +11,14 @@ from .shape import AttentionShape, LinearShape
 
 # Attention: batch rows, query heads, KV heads, new tokens, stored tokens, head dimension (keys' and values' mean),
 # share of the (query, key) pairs that is read, bits of a stored number with its share of scales, bytes of a number in
-# full precision, tokens of the full-precision tail. P: processors.
-B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, P = sympy.symbols(
-    "B H_q H_kv S_q S_kv D density bits width tail P", positive=True
+# full precision, tokens of the full-precision tail, numbers that correct codes for each of them. P: processors.
+B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, P = sympy.symbols(
+    "B H_q H_kv S_q S_kv D density bits width tail corrections P", positive=True
 )
 # Linear layers: rows of x, its width, the results' widths together, how many matrices.
 M, K, N, matrices = sympy.symbols("M K N matrices", positive=True)
 
-ATTENTION: tuple[Any, ...] = (B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, P)
+ATTENTION: tuple[Any, ...] = (B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, P)
 LINEAR: tuple[Any, ...] = (M, K, N, matrices, width, P)
 
 
@@ -30,10 +30,12 @@ def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int
     # On average half of a block waits in the tail for the rest.
     waiting = max((fmt.window + fmt.block / 2 for fmt in (keys, values) if fmt.is_quantised), default=0.0)
     stored = 8 * (keys.token_bytes + values.token_bytes) / (2 * dim)
+    corrected = (keys.corrections + values.corrections) / 2
     seen = visible_share(spec, shape)
     heads = shape.kv_heads * spec.group
     return (
-        shape.batch, heads, shape.kv_heads, shape.queries, shape.tokens, dim, seen, stored, size, waiting, processors,
+        shape.batch, heads, shape.kv_heads, shape.queries, shape.tokens, dim, seen, stored, size, waiting, corrected,
+        processors,
     )  # fmt: skip
 
 
