@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ def gaussian(bits: int) -> tuple[float, ...]:
     count = 2**bits
     points = [(2 * i + 1 - count) * 4.0 / count for i in range(count)]
     for _ in range(MAX_ROUNDS):
-        edges = [-math.inf, *((a + b) / 2 for a, b in zip(points, points[1:], strict=False)), math.inf]
-        moved = [(_density(a) - _density(b)) / (_below(b) - _below(a)) for a, b in zip(edges, edges[1:], strict=False)]
+        edges = [-math.inf, *((a + b) / 2 for a, b in pairwise(points)), math.inf]
+        moved = [(_density(a) - _density(b)) / (_below(b) - _below(a)) for a, b in pairwise(edges)]
         # Symmetric as the distribution is, whatever rounding did.
         moved = [(a - b) / 2 for a, b in zip(moved, reversed(moved), strict=True)]
         if max(abs(a - b) for a, b in zip(points, moved, strict=True)) < 1e-14:

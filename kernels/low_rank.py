@@ -15,9 +15,9 @@ GOLDEN = 0.6180339887498949
 def factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors whose product ``a.mT @ b`` approximates matrices ``x`` ``[..., T, D]``, by ``ROUNDS`` of power iteration.
 
-    Returns a ``[..., rank, T]`` with orthonormal rows (zero rows where ``x`` has less rank) and b ``[..., rank, D]``, both
-    float64, so that another order of summation is not seen in the float16 factors that are stored. The algorithm is that
-    of GEAR (arXiv 2403.05527), but for its random start.
+    Returns a ``[..., rank, T]`` with orthonormal rows (zero rows where ``x`` has less rank) and b ``[..., rank, D]``,
+    both float64, so that another order of summation is not seen in the float16 factors that are stored. The algorithm
+    is that of GEAR (arXiv 2403.05527), but for its random start.
     """
     x = x.double()
     # Made on the CPU: a GPU may round the products differently.

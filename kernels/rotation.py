@@ -39,9 +39,9 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
 def rotated(attend: Callable[..., Any], keys: Tensor, values: Tensor) -> Callable[..., Any]:
     """Decode attention over a cache of rotated tokens, with the arguments and results of ``attend`` over plain ones.
 
-    attend: any implementation of ``reference.decode_attention``, without its spec. keys, values: float32 ``[D, D]``, the
-    rotations of what is stored. q and k_new are turned by that of the keys, v_new by that of the values, and the result
-    back: attention is linear in the values, so nothing that is read from the cache needs to be turned.
+    attend: any implementation of ``reference.decode_attention``, without its spec. keys, values: float32 ``[D, D]``,
+    the rotations of what is stored. q and k_new are turned by that of the keys, v_new by that of the values, and the
+    result back: attention is linear in the values, so nothing that is read from the cache needs to be turned.
     """
 
     def run(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, *rest: Any) -> Any:

@@ -26,7 +26,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
-# Fields that specs have not always had: a key names them only where they say something, so that keys on disk stay valid.
+# Fields that specs have not always had: a key names them only where they say something, so keys on disk stay valid.
 LATER_FIELDS: dict[str, Any] = {"rank": 0, "outliers": 0, "codebook": "uniform"}
 
 
@@ -64,11 +64,11 @@ class KVFormat:
     integers takes four neighbours at once, and a vector of sums is one of neighbouring tokens, or channels.
 
     rank, outliers: what GEAR (arXiv 2403.05527) adds to codes; 0 for neither. Of every group ``outliers`` values, half
-    of them its largest and half its smallest, count as the group's mean when it is quantised; what is left of the error
-    elsewhere is approximated by ``A @ B.T`` of this rank, and what is then left of the outliers is stored by itself. The
-    value read is ``code * scale + minimum + (A @ B.T) + outlier``. Unlike in the paper, where a prompt is one block,
-    every block stands for itself, as appending and truncating need it, and an outlier is one of its group of values
-    (the whole channel, or token, where group is 0), as it is the group's range that it would stretch.
+    of them its largest and half its smallest, count as the group's mean when it is quantised; the error elsewhere is
+    approximated by ``A @ B.T`` of this rank, and what is then left of the outliers is stored by itself. The value read
+    is ``code * scale + minimum + (A @ B.T) + outlier``. Unlike in the paper, where a prompt is one block, every block
+    stands for itself, as appending and truncating need it, and outliers are those of a group (of the whole channel, or
+    token, where group is 0), as it is the group's range that they would stretch.
     codebook: "uniform", or "gaussian": codes are places in the best table for normally distributed numbers, ``x =
     table[code] * scale``, without minima (TurboQuant, arXiv 2504.19874). It is for tokens that were rotated (see
     rotation.py), with int4 or int2 and a scale for each token.

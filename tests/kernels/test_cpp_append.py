@@ -26,9 +26,7 @@ pytestmark = pytest.mark.skipif(append.supports(FORMATS[0]) is not None, reason=
 
 
 @pytest.mark.parametrize(("filled", "new"), [(0, 1000), (0, 64), (50, 13), (50, 14), (50, 500), (64, 1)])
-@pytest.mark.parametrize(
-    "fmt", FORMATS, ids=lambda fmt: f"{fmt.kind}-{fmt.axis}-{fmt.packing}-{fmt.window}-{fmt.rank}-{fmt.codebook}"
-)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.kind}-{f.axis}-{f.window}-{f.rank}-{f.codebook}")
 def test_same_bits_as_the_reference(fmt: KVFormat, filled: int, new: int) -> None:
     torch.manual_seed(filled + new)
     theirs = kv_format.allocate(fmt, 2, 3, 1100, CPU)

@@ -58,11 +58,12 @@ DECODE = {
         window=50, sinks=3, head_windows=True, softcap=8.0, lse=True,
     ),
     "gear2": spec(
-        HALF, 64, 3, keys("int2", HALF, 64, window=64, rank=2, outliers=2), values("int2", HALF, 64, rank=4, outliers=4),
+        HALF, 64, 3, keys("int2", HALF, 64, window=64, rank=2, outliers=2),
+        values("int2", HALF, 64, rank=4, outliers=4),
     ),
     "gear_other_axes_pages": spec(
-        FULL, 42, 2, keys("int4", FULL, 42, "token", rank=3, outliers=2), values("int8", FULL, 42, "channel", outliers=4),
-        index="blocks", index_block=16, mask="bool", lse=True,
+        FULL, 42, 2, keys("int4", FULL, 42, "token", rank=3, outliers=2),
+        values("int8", FULL, 42, "channel", outliers=4), index="blocks", index_block=16, mask="bool", lse=True,
     ),
     "gear_groups_token_list": spec(
         "float16", 64, 1, keys("int2", "float16", 64, group=32, rank=5, outliers=2),
@@ -77,8 +78,8 @@ DECODE = {
         values("int2", FULL, 128, group=32, codebook="gaussian"),
     ),
     "codebook_and_gear_token_list": spec(
-        FULL, 42, 2, keys("int4", FULL, 42, "token", codebook="gaussian"), values("int2", FULL, 42, rank=1, outliers=42),
-        index="tokens",
+        FULL, 42, 2, keys("int4", FULL, 42, "token", codebook="gaussian"),
+        values("int2", FULL, 42, rank=1, outliers=42), index="tokens",
     ),
     "side_results": spec(FULL, 123, 1, dense(FULL, 123), dense(FULL, 123), lse=True, mass=True, mask="bool"),
 }  # fmt: skip

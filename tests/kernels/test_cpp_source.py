@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,14 @@ def test_the_same_spec_gives_the_same_text_in_another_process() -> None:
 
 
 @pytest.mark.skipif(toolchain.missing_toolchain() is not None, reason=str(toolchain.missing_toolchain()))
-@pytest.mark.parametrize("name", ["bf16_int8_bool"])
+@pytest.mark.parametrize("name", ["codes", "codebook_and_gear"])
 def test_avx2(name: str) -> None:
     """The same source built for 256-bit vectors."""
-    case = inputs(SPECS[name], batch=2, length=200)
+    spec = SPECS["bf16_int8_bool"]
+    if name == "codebook_and_gear":
+        keys, values = DECODE["codebook4"].key_format, DECODE["gear2"].value_format
+        spec = replace(spec, head_dim=64, group=3, key_format=keys, value_format=values, scale=0.125)
+    case = inputs(spec, batch=2, length=200)
     case.mask = torch.rand(2, 1, 1, 201) > 0.3
     with config.patch({"cpp.simdlen": 256}):
         narrow = _build_again(attention, attention.decode_attention, case.spec)

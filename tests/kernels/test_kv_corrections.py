@@ -1,4 +1,4 @@
-"""GEAR's corrections and TurboQuant's codebook against the numbers of their specification, and bounds that must hold."""
+"""GEAR's corrections and TurboQuant's codebook: the numbers of their specification, and bounds that must hold."""
 
 from __future__ import annotations
 

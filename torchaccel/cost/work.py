@@ -48,9 +48,10 @@ class Work:
 
     size: bytes read and written. resident: bytes that a repeated call finds in a cache that holds them. flops: of
     matrix products. rows: (query head, key) pairs whose score goes through the softmax. codes: quantised numbers
-    decoded, with the factors and outliers that correct them. load: share of the work on the busiest processor, 1 / P at best. pieces: partial results to merge.
-    launches: kernels or operators started. forks: times that threads are woken and joined. in_flight: bytes that
-    one processor has requested at a time, 0 where hardware prefetches. shared: bytes of fast memory of one block.
+    decoded, with the factors and outliers that correct them. load: share of the work on the busiest processor, 1 / P at
+    best. pieces: partial results to merge. launches: kernels or operators started. forks: times that threads are woken
+    and joined. in_flight: bytes that one processor has requested at a time, 0 where hardware prefetches. shared: bytes
+    of fast memory of one block.
     """
 
     symbols: tuple[Any, ...]
