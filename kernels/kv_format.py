@@ -21,15 +21,15 @@ def allocate(fmt: KVFormat, batch: int, heads: int, capacity: int, device: torch
 
 def capacity(fmt: KVFormat, buf: Tensor) -> int:
     """Number of token slots of ``buf``."""
-    if fmt.is_quantised:
+    if fmt.is_blocked:
         return (buf.shape[2] - fmt.tail_bytes) // fmt.block_bytes * fmt.block
     return buf.shape[2]
 
 
 def tail(fmt: KVFormat, buf: Tensor) -> Tensor:
-    """The full-precision tail of a quantised buffer as a view ``[B, H, window + block, D]``."""
+    """The full-precision tail of a buffer with blocks as a view ``[B, H, window + block, width]``."""
     view = buf[..., : fmt.tail_bytes].view(DTYPES[fmt.dtype])
-    return view.unflatten(-1, (fmt.tail_tokens, fmt.head_dim))
+    return view.unflatten(-1, (fmt.tail_tokens, fmt.width))
 
 
 def blocks(fmt: KVFormat, buf: Tensor) -> tuple[Tensor, ...]:
@@ -154,7 +154,7 @@ def _ungrouped(fmt: KVFormat, x: Tensor) -> Tensor:
 
 
 def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
-    """Write ``new`` ``[B, H, n, D]`` into slots ``filled ..`` of ``buf``; blocks that become complete are quantised."""
+    """Write ``new`` ``[B, H, n, width]`` into slots ``filled ..`` of ``buf``; blocks that become complete are encoded."""
     if fmt.kind == "empty":
         return
     n = new.shape[2]
@@ -164,15 +164,26 @@ def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
     done, after = fmt.quantised(filled), fmt.quantised(filled + n)
     pending = torch.cat([tail(fmt, buf)[:, :, : filled - done], new.to(DTYPES[fmt.dtype])], 2)
     if after > done:
-        codes, *parts = quantise(fmt, pending[:, :, : after - done].unflatten(2, (-1, fmt.block)))
-        for target, value in zip(blocks(fmt, buf), (pack(fmt, codes), *parts), strict=True):
+        parts = _encoded(fmt, pending[:, :, : after - done].unflatten(2, (-1, fmt.block)))
+        for target, value in zip(blocks(fmt, buf), parts, strict=True):
             target[:, :, done // fmt.block : after // fmt.block].copy_(value)
     left = pending[:, :, after - done :]
     tail(fmt, buf)[:, :, : left.shape[2]].copy_(left)
 
 
+def _encoded(fmt: KVFormat, x: Tensor) -> tuple[Tensor, ...]:
+    """Blocks ``[..., block, width]`` as ``fmt.parts`` store them."""
+    if fmt.kind == "latent":
+        return (x[..., fmt.head_dim :],)
+    codes, *parts = quantise(fmt, x)
+    return (pack(fmt, codes), *parts)
+
+
 def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tensor:
-    """Slots ``start .. end`` as ``[B, H, end - start, D]`` in ``fmt.dtype``; ``filled`` is what the buffer holds."""
+    """Slots ``start .. end`` as ``[B, H, end - start, width]`` in ``fmt.dtype``; ``filled`` is what the buffer holds.
+
+    Raises ``ValueError`` for latent tokens in blocks, which ``latent_keys.read`` rebuilds, and for the empty format.
+    """
     if fmt.kind == "dense":
         return buf[:, :, start:end]
     if fmt.kind == "empty":
@@ -180,6 +191,10 @@ def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tenso
     done = fmt.quantised(filled)
     parts = []
     if start < min(end, done):
+        if fmt.kind == "latent":
+            raise ValueError(
+                f"of slots {start} to {min(end, done)} only latents are stored; latent_keys.read rebuilds their keys"
+            )
         lo, hi = start // fmt.block, -(-min(end, done) // fmt.block)
         codes, *stored = (t[:, :, lo:hi] for t in blocks(fmt, buf))
         flat = dequantise(fmt, unpack(fmt, codes), *stored).flatten(2, 3)
@@ -189,8 +204,12 @@ def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tenso
     return torch.cat(parts, 2) if parts else tail(fmt, buf)[:, :, :0]
 
 
-def truncate(fmt: KVFormat, buf: Tensor, filled: int, length: int) -> None:
-    """Make ``length`` the number of filled slots: tokens of opened blocks go back into the tail."""
-    if fmt.is_quantised and fmt.quantised(length) < fmt.quantised(filled):
-        first = fmt.quantised(length)
-        tail(fmt, buf)[:, :, : length - first].copy_(read(fmt, buf, first, length, filled))
+def truncate(fmt: KVFormat, buf: Tensor, filled: int, length: int, tokens: Tensor | None = None) -> None:
+    """Make ``length`` the number of filled slots: tokens of opened blocks go back into the tail.
+
+    tokens: ``[B, H, n, width]``, the last n before ``length``, where they cannot be read (latent keys).
+    """
+    first = fmt.quantised(length)
+    if fmt.is_blocked and first < fmt.quantised(filled):
+        tokens = read(fmt, buf, first, length, filled) if tokens is None else tokens
+        tail(fmt, buf)[:, :, : length - first].copy_(tokens[:, :, tokens.shape[2] - (length - first) :])

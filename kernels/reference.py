@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kv_format
+from . import kv_format, latent_keys
 from .spec import AttentionSpec
 
 
@@ -121,6 +121,8 @@ def decode_attention(
     positions: Tensor | None,
     index: Tensor | None = None,
     head_windows: Tensor | None = None,
+    projection: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append ``k_new``, ``v_new`` to the buffers in place, then attend over everything stored, or what ``index`` lists.
 
@@ -130,9 +132,10 @@ def decode_attention(
     mask: ``[B | 1, H | 1, Q, columns]``, bool or additive, any strides; columns is ``logical + Q`` after an append.
     positions: int32 ``[B, C]``, column of each slot, updated in place; without it slot s is column ``s - start`` and
     the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``. head_windows: int32
-    ``[H_kv]``. Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and
-    float32 ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for
-    slots that are not filled or not read) behind it.
+    ``[H_kv]``. projection, rotary: for latent keys, see ``latent_keys.rebuild``; their k_new is ``[.., D + rank]`` wide.
+    Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and float32
+    ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for slots that are
+    not filled or not read) behind it.
     """
     start, end, logical = (int(x) for x in lens)
     n = q.shape[2]
@@ -149,7 +152,12 @@ def decode_attention(
         columns = torch.arange(end - start, device=q.device).expand(q.shape[0], -1)
     else:
         columns = positions[:, start:end].long()
-    k = kv_format.read(spec.key_format, k_buf, start, end, end)
+    if spec.key_format.kind == "latent":
+        if projection is None or rotary is None:
+            raise ValueError("latent keys are rebuilt by a projection and a rotary table; found none")
+        k = latent_keys.read(spec.key_format, k_buf, start, end, end, projection, rotary, columns)
+    else:
+        k = kv_format.read(spec.key_format, k_buf, start, end, end)
     v = kv_format.read(spec.value_format, v_buf, start, end, end)
     chosen = None
     if spec.index != "contiguous":

@@ -53,6 +53,9 @@ class KVFormat:
     ``dtype``, then blocks of ``block`` tokens: codes, float16 scales, float16 minima, ``x = code * scale + minimum``.
     The newest ``window`` tokens at least, and whatever does not fill a block yet, are read from the tail in full
     precision; ``quantised(filled)`` slots lie in blocks.
+    kind "latent": keys of which, once they leave the tail, only ``rank`` numbers a head remain (CSKV, arXiv 2409.10593),
+    before the rotary embedding; those of all heads together give every head's key, see latent_keys.py. The layout is as
+    for codes; a token is ``[D + rank]`` wide in the tail, exact key and latents, and ``[rank]`` in blocks.
     kind "empty": no storage at all, for layers that are never read again.
 
     axis: "channel", a scale for each channel of ``group`` tokens (KIVI keys), or "token", one for each token of
@@ -76,7 +79,7 @@ class KVFormat:
     Raises ``ValueError`` for fields that contradict each other.
     """
 
-    kind: Literal["dense", "int8", "int4", "int2", "empty"]
+    kind: Literal["dense", "int8", "int4", "int2", "latent", "empty"]
     dtype: str
     head_dim: int
     axis: Literal["token", "channel"] = "token"
@@ -95,8 +98,10 @@ class KVFormat:
                     "codebook 'gaussian' is for kind 'int4' or 'int2', axis 'token', without rank and outliers; "
                     f"found {self}"
                 )
-        elif self.is_corrected and not self.is_quantised:
+        elif (self.rank or self.outliers) and not self.is_blocked:
             raise ValueError(f"rank and outliers correct codes, which kind {self.kind!r} has not; found {self}")
+        if self.kind == "latent" and (self.rank < 1 or self.outliers):
+            raise ValueError(f"kind 'latent' stores rank numbers, at least 1, and no outliers; found {self}")
         if self.rank < 0 or self.outliers < 0 or self.outliers % 2:
             raise ValueError(f"rank is at least 0, outliers are an even number; found {self}")
         if self.outliers > self.group_size or (self.outliers and self.group_size > 256):
@@ -106,6 +111,16 @@ class KVFormat:
     def is_quantised(self) -> bool:
         """Whether tokens lie in blocks of codes."""
         return self.kind in BITS
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether tokens leave a full-precision tail for blocks that store them in another way."""
+        return self.is_quantised or self.kind == "latent"
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token in full precision."""
+        return self.head_dim + (self.rank if self.kind == "latent" else 0)
 
     @property
     def bits(self) -> int:
@@ -120,7 +135,7 @@ class KVFormat:
     @property
     def tail_bytes(self) -> int:
         """Bytes of the full-precision tail at the start of a row."""
-        return self.tail_tokens * self.head_dim * DTYPES[self.dtype].itemsize
+        return self.tail_tokens * self.width * DTYPES[self.dtype].itemsize
 
     @property
     def group_size(self) -> int:
@@ -143,16 +158,20 @@ class KVFormat:
     @property
     def is_corrected(self) -> bool:
         """Whether blocks store what quantisation lost."""
-        return self.rank > 0 or self.outliers > 0
+        return self.is_quantised and (self.rank > 0 or self.outliers > 0)
 
     @property
     def corrections(self) -> float:
         """Numbers that correct codes, for each token and channel."""
+        if not self.is_corrected:
+            return 0.0
         return self.rank * (1 / self.block + 1 / self.head_dim) + self.outliers / self.group_size
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """What a block stores, in the order in which it lies there."""
+        if self.kind == "latent":
+            return (Part("latents", DTYPES[self.dtype], (self.block, self.rank)),)
         half, byte, groups = torch.float16, torch.uint8, self.groups
         found = [Part("codes", byte, (self.code_bytes,)), Part("scales", half, (groups,))]
         if self.codebook == "uniform":

@@ -21,7 +21,7 @@ FIELDS = ("buffer, buffer_b, buffer_h", "x, x_b, x_h, x_t, x_d", "B, H, filled, 
 
 def supports(fmt: KVFormat) -> str | None:
     """Why no C++ append can be generated for ``fmt``, in one line for the user; None when one can."""
-    if not fmt.is_quantised:
+    if not fmt.is_blocked:
         return f"appending to the format '{fmt.kind}' is a copy, which torch does at memory bandwidth"
     return unsupported(fmt) or missing_toolchain()
 

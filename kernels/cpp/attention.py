@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import DTYPES, AttentionSpec
+from ..spec import DTYPES, AttentionSpec, KVFormat
 from .compile import Entry, compile_source, missing_toolchain, render
 from .formats import C_TYPES, additions, symbols, unsupported
 
@@ -36,6 +36,7 @@ FIELDS = (
     "index, index_b, index_h, index_n",
     "head_windows, lse, mass",
 )
+LATENT_FIELDS = ("projection, rotary, rotary_s, rotary_b, rotary_size",)
 SPLITS = ("stream", "kv", "single")
 
 
@@ -51,6 +52,10 @@ def supports(spec: AttentionSpec) -> str | None:
         reason = unsupported(fmt, name)
         if reason:
             return reason
+        if fmt.kind == "latent" and (name == "value" or spec.index == "tokens"):
+            return (
+                "latents are rebuilt into keys, tile by tile: neither values nor lists of single tokens can be read so"
+            )
         if fmt.is_quantised and fmt.packing != packing:
             return f"codes of {name}s must lie side by side by {packing}; found {fmt.packing}"
         if fmt.is_quantised and fmt.axis == "token" and fmt.group_size % (32 // fmt.bits) and fmt.groups > fmt.block:
@@ -64,8 +69,8 @@ def tile_of(spec: AttentionSpec) -> int:
     """Keys handled at a time: at most 64, of one block of codes, of one group of scales, of one listed block."""
     sizes = [DENSE_TILE]
     for fmt in (spec.key_format, spec.value_format):
-        if fmt.is_quantised and spec.index != "tokens":
-            sizes += [fmt.block] + ([fmt.group_size] if fmt.axis == "channel" else [])
+        if fmt.is_blocked and spec.index != "tokens":
+            sizes += [fmt.block] + ([fmt.group_size] if fmt.axis == "channel" and fmt.is_quantised else [])
     if spec.index == "blocks":
         sizes.append(spec.index_block)
     return gcd(*sizes)
@@ -84,7 +89,7 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
         "attention.cpp.jinja",
         title="torchaccel decode attention",
         spec=spec.key(),
-        fields=FIELDS,
+        fields=FIELDS + (LATENT_FIELDS if spec.key_format.kind == "latent" else ()),
         q_type=C_TYPES[spec.dtype],
         key=symbols(spec.key_format),
         value=symbols(spec.value_format),
@@ -128,8 +133,8 @@ def _bool(value: bool) -> str:
 def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     """The compiled kernel of ``spec``: ``reference.decode_attention`` without its first argument.
 
-    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)``, shapes and results as in the
-    reference. q, k_new, v_new and the mask may have any strides; the buffers need a contiguous last dimension. With
+    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, projection, rotary)``, shapes and
+    results as in the reference. q, k_new, v_new and the mask may have any strides; the buffers need a contiguous last dimension. With
     k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are contiguous.
     split: how threads share the tiles, "stream" (stream-K: equal shares of all tiles), "kv" (each KV head's tiles cut
     in as many parts as there are threads) or "single" (a KV head to a thread). Raises ``ValueError`` for a spec that
@@ -148,7 +153,7 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     few = kernel_of(False)
     key, value = spec.key_format, spec.value_format
     k_dtype, v_dtype, dtype = DTYPES[key.dtype], DTYPES[value.dtype], DTYPES[spec.dtype]
-    k_coded, v_coded = key.is_quantised, value.is_quantised
+    k_coded, v_coded, latent = key.is_blocked, value.is_blocked, key.kind == "latent"
     indexed, sides = spec.index != "contiguous", spec.lse or spec.mass
     group, head_dim = spec.group, value.head_dim
     masked, windows = spec.mask != "none", spec.head_windows
@@ -165,6 +170,8 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
         positions: Tensor | None,
         index: Tensor | None = None,
         head_windows: Tensor | None = None,
+        projection: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> Any:
         batch, heads, n, _ = q.shape
         out = empty((batch, heads, n, head_dim), dtype=dtype)
@@ -215,6 +222,9 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
             if spec.mass:
                 results.append(empty((batch, heads // group, capacity), dtype=torch.float32))
                 extra = (*extra[:6], results[-1].data_ptr())
+        if latent:
+            projection, rotary = _rebuilding(key, projection, rotary, heads // group)
+            extra = (*extra, projection.data_ptr(), rotary.data_ptr(), *_rotary_sizes(rotary))
         kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
@@ -225,6 +235,21 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
         return (out, *results) if sides else out
 
     return call
+
+
+def _rebuilding(fmt: KVFormat, projection: Tensor | None, rotary: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """What latent keys are rebuilt with, as the kernel reads it."""
+    shape = heads, heads * fmt.rank, fmt.head_dim
+    if projection is None or rotary is None or tuple(projection.shape) != shape:
+        found = None if projection is None else list(projection.shape)
+        raise ValueError(f"latent keys need a projection {list(shape)} and a rotary table; found {found}, {rotary}")
+    return projection.to(DTYPES[fmt.dtype]).contiguous(), rotary.float().contiguous()
+
+
+def _rotary_sizes(rotary: Tensor) -> tuple[int, int, int]:
+    """Steps from cosine to sine and from a batch row to the next, 0 where they share one; channels that are turned."""
+    one, rows, _, size = rotary.stride()[0], *rotary.shape[1:]
+    return one, rotary.stride()[1] if rows > 1 else 0, size
 
 
 def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

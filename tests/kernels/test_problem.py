@@ -32,6 +32,7 @@ SPECS = {
         key_format=KVFormat("int4", "float32", 32, "token", codebook="gaussian"),
         value_format=KVFormat("int2", "float32", 32, "token", packing="token", codebook="gaussian"),
     ),
+    "decode_latent": replace(DECODE, key_format=KVFormat("latent", "float32", 32, block=32, rank=4), positions=True),
     "decode_window": replace(DECODE, window=50, sinks=4, head_windows=True),
     "decode_blocks": replace(DECODE, index="blocks", lse=True),
     "decode_tokens": replace(DECODE, index="tokens", mass=True),

@@ -142,6 +142,7 @@ DECLINED: list[tuple[AttentionSpec, int, str]] = [
     (replace(INT8, key_format=replace(INT8.key_format, group=8)), 1, "multiples of 16"),
     (replace(INT8, value_format=replace(INT8.value_format, group=48)), 1, "groups of channels"),
     (replace(INT8, value_format=replace(INT8.value_format, window=64)), 1, "same block and window"),
+    (replace(DENSE, key_format=replace(DENSE.key_format, kind="latent", rank=4)), 1, "not rebuilt from latents"),
     (replace(INT8, key_format=replace(INT8.key_format, rank=2)), 1, "without corrections"),
     (replace(INT8, value_format=replace(INT8.value_format, kind="int4", codebook="gaussian")), 1, "not looked up"),
     (replace(DENSE, index="blocks", index_block=8), 1, "multiple of 16 slots"),

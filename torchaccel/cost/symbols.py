@@ -28,7 +28,7 @@ def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int
     dim = (keys.head_dim + values.head_dim) / 2
     size = DTYPES[spec.dtype].itemsize
     # On average half of a block waits in the tail for the rest.
-    waiting = max((fmt.window + fmt.block / 2 for fmt in (keys, values) if fmt.is_quantised), default=0.0)
+    waiting = max((fmt.window + fmt.block / 2 for fmt in (keys, values) if fmt.is_blocked), default=0.0)
     stored = 8 * (keys.token_bytes + values.token_bytes) / (2 * dim)
     corrected = (keys.corrections + values.corrections) / 2
     seen = visible_share(spec, shape)
