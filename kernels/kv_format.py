@@ -154,7 +154,7 @@ def _ungrouped(fmt: KVFormat, x: Tensor) -> Tensor:
 
 
 def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
-    """Write ``new`` ``[B, H, n, width]`` into slots ``filled ..`` of ``buf``; blocks that become complete are encoded."""
+    """Write ``new`` ``[B, H, n, width]`` into slots ``filled ..`` of ``buf``, and encode complete blocks."""
     if fmt.kind == "empty":
         return
     n = new.shape[2]

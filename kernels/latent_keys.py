@@ -13,8 +13,8 @@ def rebuild(latents: Tensor, projection: Tensor, rotary: Tensor, columns: Tensor
     """The keys ``[B, H, n, D]``, float32, of tokens whose heads hold ``latents`` ``[B, H, n, rank]``.
 
     projection: ``[H, H * rank, D]``, each head's keys before the rotary embedding from the latents of all heads, one
-    head's behind the other's. rotary: ``[2, B | 1, columns, R]``, cosine and sine of every logical column for the first R
-    channels of a key, of which channel i and i + R / 2 are turned together. columns: int64 ``[B, n]``, of the tokens.
+    head's behind the other's. rotary: ``[2, B | 1, columns, R]``, cosine and sine of every logical column for the first
+    R channels of a key, of which channels i and i + R / 2 are turned together. columns: int64 ``[B, n]``, the tokens'.
     """
     shared = latents.transpose(1, 2).flatten(2).float()
     keys = torch.einsum("bnr,hrd->bhnd", shared, projection.float())

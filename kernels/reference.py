@@ -132,10 +132,10 @@ def decode_attention(
     mask: ``[B | 1, H | 1, Q, columns]``, bool or additive, any strides; columns is ``logical + Q`` after an append.
     positions: int32 ``[B, C]``, column of each slot, updated in place; without it slot s is column ``s - start`` and
     the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``. head_windows: int32
-    ``[H_kv]``. projection, rotary: for latent keys, see ``latent_keys.rebuild``; their k_new is ``[.., D + rank]`` wide.
-    Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and float32
-    ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for slots that are
-    not filled or not read) behind it.
+    ``[H_kv]``. projection, rotary: for latent keys, see ``latent_keys.rebuild``; k_new is ``[B, H_kv, Q, D + rank]``
+    then. Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and float32
+    ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for slots that
+    are not filled or not read) behind it.
     """
     start, end, logical = (int(x) for x in lens)
     n = q.shape[2]

@@ -134,8 +134,10 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     """The compiled kernel of ``spec``: ``reference.decode_attention`` without its first argument.
 
     ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, projection, rotary)``, shapes and
-    results as in the reference. q, k_new, v_new and the mask may have any strides; the buffers need a contiguous last dimension. With
-    k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are contiguous.
+    results as in the reference. q, k_new, v_new and the mask may have any strides; the buffers need a contiguous last
+    dimension. With k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are
+    contiguous.
+
     split: how threads share the tiles, "stream" (stream-K: equal shares of all tiles), "kv" (each KV head's tiles cut
     in as many parts as there are threads) or "single" (a KV head to a thread). Raises ``ValueError`` for a spec that
     ``supports`` refuses; the returned function raises ``RuntimeError`` when the buffer is full.

@@ -66,6 +66,15 @@ def test_corrections_of_codes_are_read_and_decoded() -> None:
     assert found.codes - before.codes == pytest.approx(blocks * (2 * factors + outliers))
 
 
+def test_latent_keys_are_few_bytes_and_many_flops() -> None:
+    plain = attention()
+    spec = replace(plain, key_format=KVFormat("latent", "bfloat16", 128, block=64, rank=32))
+    before, found = (amounts(case, Candidate("cpp"), LLAMA, CPU.processors) for case in (plain, spec))
+    # A quarter of a key's bytes, but for the half block that waits; each of 8 heads needs all 8 x 32 latents.
+    assert before.resident - found.resident == pytest.approx(8 * (131072 - 32) * 2 * (128 - 32))
+    assert found.flops - before.flops == pytest.approx(2 * 8 * (131072 - 32) * 128 * 8 * 32)
+
+
 def test_symbols_can_be_substituted() -> None:
     work = work_of(attention(), Candidate("cpp"))
     values = {s.B: 1, s.H_q: 12, s.H_kv: 4, s.S_q: 1, s.S_kv: 1024, s.D: 64, s.density: 1, s.bits: 16, s.width: 2}

@@ -107,6 +107,50 @@ def test_truncating_needs_the_tokens_and_goes_on_with_them() -> None:
     torch.testing.assert_close(got, keys[:, :, :70], atol=1e-5, rtol=1e-5)
 
 
+def check(case: AttentionSpec, kernel: Any, length: int, new: int) -> None:
+    dim, dtype = case.head_dim, DTYPES[case.dtype]
+    torch.manual_seed(length)
+    logical = length + (17 if case.positions else 0)
+    total = logical + new
+    projection = torch.randn(HEADS, HEADS * case.key_format.rank, dim) / dim**0.5
+    rotary = tables(total, dim // 4 * 2)  # only half of the channels are turned
+    start = 20 if length == 300 and not case.positions else 0
+    columns = torch.arange(total - length - new, total).expand(BATCH, -1)
+    # Not the keys of their latents: what is exact and what is rebuilt must differ.
+    _, stored, values = tokens(case, projection, rotary, columns, length)
+    stored[..., :dim] *= 0.9
+    buffers = [poisoned(fmt, BATCH, HEADS, length + new + 70) for fmt in (case.key_format, case.value_format)]
+    for fmt, buf, x in zip((case.key_format, case.value_format), buffers, (stored, values), strict=True):
+        kv_format.append(fmt, buf, 0, x[:, :, :length])
+    q = torch.randn(BATCH, new, HEADS * case.group, dim).to(dtype).transpose(1, 2)
+    positions = None
+    if case.positions:
+        positions = torch.full((BATCH, length + 200), -7, dtype=torch.int32)
+        positions[:, :length] = torch.arange(length) + 17
+    mask = random_mask(case, BATCH, 1, new, total - start)
+    index = None
+    if case.index == "blocks":
+        index = torch.stack([torch.randperm(-(-(length + new) // 16)) for _ in range(BATCH * HEADS)]).int()
+        index = index[:, : max(1, index.shape[1] // 2)].reshape(BATCH, HEADS, -1)
+    lens = torch.tensor([start, length, logical - start])
+
+    def run(call: Any) -> tuple[Any, list[Tensor]]:
+        mine = [b.clone() for b in buffers]
+        slots = None if positions is None else positions.clone()
+        fresh = stored[:, :, length:], values[:, :, length:]
+        return call(q, *fresh, *mine, lens, mask, slots, index, None, projection.to(dtype), rotary), mine
+
+    got, ours = run(kernel)
+    want, theirs = run(lambda *args: reference.decode_attention(case, *args))
+    got, want = ((x if isinstance(x, tuple) else (x,)) for x in (got, want))
+    for a, b in zip(got, want, strict=True):
+        tolerance = 2 * TOLERANCE[case.dtype] + 1e-5
+        torch.testing.assert_close(a.float(), b.float(), atol=tolerance, rtol=tolerance)
+    for fmt, a, b in zip((case.key_format, case.value_format), ours, theirs, strict=True):
+        for x, y in zip(content(fmt, a, length + new), content(fmt, b, length + new), strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("rows", ["few", "many"])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_kernel_matches_the_reference(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,48 +159,8 @@ def test_the_kernel_matches_the_reference(name: str, rows: str, monkeypatch: pyt
         pytest.skip(str(attention.supports(case)))
     monkeypatch.setattr(attention, "MANY_ROWS", 1 if rows == "many" else 10**6)
     kernel = attention.decode_attention(case)
-    dim, dtype = case.head_dim, DTYPES[case.dtype]
     for length, new in ((1, 1), (42, 3), (123, 1), (300, 2), (190, 70)):
-        torch.manual_seed(length)
-        logical = length + (17 if case.positions else 0)
-        total = logical + new
-        projection = torch.randn(HEADS, HEADS * case.key_format.rank, dim) / dim**0.5
-        rotary = tables(total, dim // 4 * 2)  # only half of the channels are turned
-        start = 20 if length == 300 and not case.positions else 0
-        columns = torch.arange(total - length - new, total).expand(BATCH, -1)
-        # Not the keys of their latents: what is exact and what is rebuilt must differ.
-        _, stored, values = tokens(case, projection, rotary, columns, length)
-        stored[..., :dim] *= 0.9
-        buffers = [poisoned(fmt, BATCH, HEADS, length + new + 70) for fmt in (case.key_format, case.value_format)]
-        for fmt, buf, x in zip((case.key_format, case.value_format), buffers, (stored, values), strict=True):
-            kv_format.append(fmt, buf, 0, x[:, :, :length])
-        q = torch.randn(BATCH, new, HEADS * case.group, dim).to(dtype).transpose(1, 2)
-        positions = None
-        if case.positions:
-            positions = torch.full((BATCH, length + 200), -7, dtype=torch.int32)
-            positions[:, :length] = torch.arange(length) + 17
-        mask = random_mask(case, BATCH, 1, new, total - start)
-        index = None
-        if case.index == "blocks":
-            index = torch.stack([torch.randperm(-(-(length + new) // 16)) for _ in range(BATCH * HEADS)]).int()
-            index = index[:, : max(1, index.shape[1] // 2)].reshape(BATCH, HEADS, -1)
-        lens = torch.tensor([start, length, logical - start])
-
-        def run(call: Any) -> tuple[Any, list[Tensor]]:
-            mine = [b.clone() for b in buffers]
-            slots = None if positions is None else positions.clone()
-            fresh = stored[:, :, length:], values[:, :, length:]
-            return call(q, *fresh, *mine, lens, mask, slots, index, None, projection.to(dtype), rotary), mine
-
-        got, ours = run(kernel)
-        want, theirs = run(lambda *args: reference.decode_attention(case, *args))
-        got, want = ((x if isinstance(x, tuple) else (x,)) for x in (got, want))
-        for a, b in zip(got, want, strict=True):
-            tolerance = 2 * TOLERANCE[case.dtype] + 1e-5
-            torch.testing.assert_close(a.float(), b.float(), atol=tolerance, rtol=tolerance)
-        for fmt, a, b in zip((case.key_format, case.value_format), ours, theirs, strict=True):
-            for x, y in zip(content(fmt, a, length + new), content(fmt, b, length + new), strict=True):
-                assert torch.equal(x, y)
+        check(case, kernel, length, new)
 
 
 def test_bulk_append_and_errors() -> None:

@@ -26,6 +26,7 @@ from .symbols import (
     bits,
     corrections,
     density,
+    latents,
     matrices,
     tail,
     width,
@@ -122,6 +123,11 @@ def _codes(quantised: bool, share: Any) -> Any:
     return 2 * B * H_kv * (S_kv - Min(S_kv, tail)) * D * share * (1 + corrections) if quantised else 0
 
 
+def _rebuild(share: Any) -> Any:
+    """FLOPs that make keys of latents: a product of all the latents of a token for each KV head."""
+    return 2 * B * H_kv * (S_kv - Min(S_kv, tail)) * share * D * latents
+
+
 def _cpp_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
     """One unit is a KV head of a batch row; ``split`` says how units are divided among threads."""
     units = B * H_kv * ceiling(S_q / Max(1, floor(CPP_ROWS * H_kv / H_q)))
@@ -142,7 +148,7 @@ def _cpp_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
         ATTENTION,
         size=_stored(density) + _queries(),
         resident=_stored(density),
-        flops=4 * pairs * D,
+        flops=4 * pairs * D + _rebuild(density),
         rows=pairs,
         codes=_codes(quantised, density),
         load=load,
@@ -203,7 +209,7 @@ def _composed_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
         ATTENTION,
         size=_stored(1) + _queries() + 2 * made + S_q * S_kv * (1 + width),
         resident=_stored(1) + made,
-        flops=4 * pairs * D,
+        flops=4 * pairs * D + _rebuild(1),
         rows=pairs,
         codes=_codes(quantised, 1),
         load=ceiling(tasks / P) / tasks,
