@@ -78,7 +78,7 @@ def test_latent_keys_are_few_bytes_and_many_flops() -> None:
 def test_symbols_can_be_substituted() -> None:
     work = work_of(attention(), Candidate("cpp"))
     values = {s.B: 1, s.H_q: 12, s.H_kv: 4, s.S_q: 1, s.S_kv: 1024, s.D: 64, s.density: 1, s.bits: 16, s.width: 2}
-    values |= {s.tail: 0, s.P: 2}
+    values |= {s.tail: 0, s.latents: 0, s.P: 2}
     assert work.flops.subs(values) == 4 * 12 * 1024 * 64
     assert work.resident.subs(values) == 2 * 4 * 1024 * 64 * 2
     assert work.utilisation.subs(values) == 1
