@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import codebook, low_rank
 from .spec import DTYPES, KVFormat
 
 
@@ -20,24 +21,29 @@ def allocate(fmt: KVFormat, batch: int, heads: int, capacity: int, device: torch
 
 def capacity(fmt: KVFormat, buf: Tensor) -> int:
     """Number of token slots of ``buf``."""
-    if fmt.is_quantised:
+    if fmt.is_blocked:
         return (buf.shape[2] - fmt.tail_bytes) // fmt.block_bytes * fmt.block
     return buf.shape[2]
 
 
 def tail(fmt: KVFormat, buf: Tensor) -> Tensor:
-    """The full-precision tail of a quantised buffer as a view ``[B, H, window + block, D]``."""
+    """The full-precision tail of a buffer with blocks as a view ``[B, H, window + block, width]``."""
     view = buf[..., : fmt.tail_bytes].view(DTYPES[fmt.dtype])
-    return view.unflatten(-1, (fmt.tail_tokens, fmt.head_dim))
+    return view.unflatten(-1, (fmt.tail_tokens, fmt.width))
 
 
-def blocks(fmt: KVFormat, buf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes ``[B, H, N, code_bytes]``, scales and minima ``[B, H, N, groups]`` (float16) as views of ``buf``."""
+def blocks(fmt: KVFormat, buf: Tensor) -> tuple[Tensor, ...]:
+    """What the N blocks of ``buf`` store, as views ``[B, H, N, *sizes]``, one for each of ``fmt.parts``.
+
+    The first three of a format with a uniform codebook are packed codes, scales and minima.
+    """
     body = buf[..., fmt.tail_bytes :].unflatten(-1, (-1, fmt.block_bytes))
-    size = fmt.code_bytes
-    scales = body[..., size : size + 2 * fmt.groups].view(torch.float16)
-    minima = body[..., size + 2 * fmt.groups :].view(torch.float16)
-    return body[..., :size], scales, minima
+    found, at = [], 0
+    for part in fmt.parts:
+        view = body[..., at : at + part.nbytes].view(part.dtype)
+        found.append(view if len(part.sizes) == 1 else view.unflatten(-1, part.sizes))
+        at += part.nbytes
+    return tuple(found)
 
 
 def pack(fmt: KVFormat, codes: Tensor) -> Tensor:
@@ -62,31 +68,78 @@ def unpack(fmt: KVFormat, packed: Tensor) -> Tensor:
     return codes.transpose(-1, -2) if channels else codes
 
 
-def quantise(fmt: KVFormat, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise blocks ``[..., block, D]``: uint8 codes of that shape, float16 scales and minima ``[..., groups]``.
+def quantise(fmt: KVFormat, x: Tensor) -> tuple[Tensor, ...]:
+    """Quantise blocks ``[..., block, D]``: uint8 codes of that shape, and the other ``fmt.parts`` ``[..., *sizes]``.
 
     The error is at most half a scale per value (plus the float16 rounding of the minimum); a constant group is exact up
-    to that rounding.
+    to that rounding. Corrections reduce it, see ``KVFormat``.
     """
-    x = _grouped(fmt, x.float())
-    dim = -2 if fmt.axis == "channel" else -1
-    low, high = x.amin(dim), x.amax(dim)
+    x, dim = _grouped(fmt, x.float()), _group_dim(fmt)
+    if fmt.codebook == "gaussian":
+        codes, scale = codebook.encode(fmt, x)
+        return _ungrouped(fmt, codes), scale.squeeze(dim).flatten(-2)
+    places = _extremes(fmt, x)
+    filled = x
+    if places is not None:
+        filled = x.scatter(dim, places, x.double().mean(dim, keepdim=True).float().expand_as(places))
+    low, high = filled.amin(dim), filled.amax(dim)
     minimum = low.half()
     steps = 2**fmt.bits - 1
     # The scale is rounded up so that the largest value still has a code after the float16 rounding.
     scale = ((high - minimum.float()).clamp(min=0) / steps * (1 + 2**-10)).half()
     step = scale.float()
     step = torch.where(step > 0, step, torch.ones_like(step)).unsqueeze(dim)
-    codes = ((x - minimum.float().unsqueeze(dim)) / step).round().clamp(0, steps)
-    return _ungrouped(fmt, codes.to(torch.uint8)), scale.flatten(-2), minimum.flatten(-2)
+    codes = ((filled - minimum.float().unsqueeze(dim)) / step).round().clamp(0, steps).to(torch.uint8)
+    found = [_ungrouped(fmt, codes), scale.flatten(-2), minimum.flatten(-2)]
+    if not fmt.is_corrected:
+        return tuple(found)
+    # float64, so that implementations agree bit for bit although they sum in different orders.
+    left = x.double() - codes.double() * scale.double().unsqueeze(dim) - minimum.double().unsqueeze(dim)
+    if fmt.rank:
+        elsewhere = left if places is None else left.scatter(dim, places, 0.0)
+        a, b = (t.half() for t in low_rank.factors(_ungrouped(fmt, elsewhere), fmt.rank))
+        found += [a, b]
+        left = left - _grouped(fmt, a.double().mT @ b.double())
+    if places is not None:
+        found += [_stacked(fmt, left.gather(dim, places).half()), _stacked(fmt, places.to(torch.uint8))]
+    return tuple(found)
 
 
-def dequantise(fmt: KVFormat, codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
-    """``code * scale + minimum`` in ``fmt.dtype``, shape of ``codes``."""
-    dim = -2 if fmt.axis == "channel" else -1
-    shape = (-1, fmt.head_dim) if fmt.axis == "channel" else (-1, fmt.block)
-    scale, minimum = (t.float().unflatten(-1, shape).unsqueeze(dim) for t in (scales, minima))
-    return _ungrouped(fmt, _grouped(fmt, codes.float()) * scale + minimum).to(DTYPES[fmt.dtype])
+def dequantise(fmt: KVFormat, codes: Tensor, *parts: Tensor) -> Tensor:
+    """The values, in ``fmt.dtype`` and the shape of ``codes``, of which ``quantise`` made ``codes`` and ``parts``."""
+    stored = dict(zip((part.name for part in fmt.parts[1:]), parts, strict=True))
+    dim, others = _group_dim(fmt), fmt.head_dim if fmt.axis == "channel" else fmt.block
+    scale = stored["scales"].float().unflatten(-1, (-1, others)).unsqueeze(dim)
+    if fmt.codebook == "gaussian":
+        return _ungrouped(fmt, codebook.decode(fmt, _grouped(fmt, codes), scale)).to(DTYPES[fmt.dtype])
+    x = _grouped(fmt, codes.float()) * scale + stored["minima"].float().unflatten(-1, (-1, others)).unsqueeze(dim)
+    if fmt.rank:
+        x = x + _grouped(fmt, stored["token_factors"].float().mT @ stored["channel_factors"].float())
+    if fmt.outliers:
+        values, places = (
+            t.unflatten(-1, (-1, others)).movedim(-3, dim) for t in (stored["outliers"], stored["places"])
+        )
+        x = x.scatter_add(dim, places.long(), values.float())
+    return _ungrouped(fmt, x).to(DTYPES[fmt.dtype])
+
+
+def _extremes(fmt: KVFormat, x: Tensor) -> Tensor | None:
+    """Where in its group each outlier of ``x`` (grouped) is: the smallest, then the largest, the last one last."""
+    if not fmt.outliers:
+        return None
+    dim = _group_dim(fmt)
+    order, half = x.sort(dim=dim, stable=True).indices, fmt.outliers // 2
+    return torch.cat([order.narrow(dim, 0, half), order.narrow(dim, fmt.group_size - half, half)], dim)
+
+
+def _stacked(fmt: KVFormat, x: Tensor) -> Tensor:
+    """What stands at places of groups as it is stored, ``[..., outliers, groups]``."""
+    return x.movedim(_group_dim(fmt), -3).flatten(-2)
+
+
+def _group_dim(fmt: KVFormat) -> int:
+    """The dimension of ``_grouped`` blocks in which the values of a group lie."""
+    return -2 if fmt.axis == "channel" else -1
 
 
 def _grouped(fmt: KVFormat, x: Tensor) -> Tensor:
@@ -101,7 +154,7 @@ def _ungrouped(fmt: KVFormat, x: Tensor) -> Tensor:
 
 
 def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
-    """Write ``new`` ``[B, H, n, D]`` into slots ``filled ..`` of ``buf``; blocks that become complete are quantised."""
+    """Write ``new`` ``[B, H, n, width]`` into slots ``filled ..`` of ``buf``, and encode complete blocks."""
     if fmt.kind == "empty":
         return
     n = new.shape[2]
@@ -111,15 +164,26 @@ def append(fmt: KVFormat, buf: Tensor, filled: int, new: Tensor) -> None:
     done, after = fmt.quantised(filled), fmt.quantised(filled + n)
     pending = torch.cat([tail(fmt, buf)[:, :, : filled - done], new.to(DTYPES[fmt.dtype])], 2)
     if after > done:
-        codes, scales, minima = quantise(fmt, pending[:, :, : after - done].unflatten(2, (-1, fmt.block)))
-        for target, value in zip(blocks(fmt, buf), (pack(fmt, codes), scales, minima), strict=True):
+        parts = _encoded(fmt, pending[:, :, : after - done].unflatten(2, (-1, fmt.block)))
+        for target, value in zip(blocks(fmt, buf), parts, strict=True):
             target[:, :, done // fmt.block : after // fmt.block].copy_(value)
     left = pending[:, :, after - done :]
     tail(fmt, buf)[:, :, : left.shape[2]].copy_(left)
 
 
+def _encoded(fmt: KVFormat, x: Tensor) -> tuple[Tensor, ...]:
+    """Blocks ``[..., block, width]`` as ``fmt.parts`` store them."""
+    if fmt.kind == "latent":
+        return (x[..., fmt.head_dim :],)
+    codes, *parts = quantise(fmt, x)
+    return (pack(fmt, codes), *parts)
+
+
 def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tensor:
-    """Slots ``start .. end`` as ``[B, H, end - start, D]`` in ``fmt.dtype``; ``filled`` is what the buffer holds."""
+    """Slots ``start .. end`` as ``[B, H, end - start, width]`` in ``fmt.dtype``; ``filled`` is what the buffer holds.
+
+    Raises ``ValueError`` for latent tokens in blocks, which ``latent_keys.read`` rebuilds, and for the empty format.
+    """
     if fmt.kind == "dense":
         return buf[:, :, start:end]
     if fmt.kind == "empty":
@@ -127,17 +191,25 @@ def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tenso
     done = fmt.quantised(filled)
     parts = []
     if start < min(end, done):
+        if fmt.kind == "latent":
+            raise ValueError(
+                f"of slots {start} to {min(end, done)} only latents are stored; latent_keys.read rebuilds their keys"
+            )
         lo, hi = start // fmt.block, -(-min(end, done) // fmt.block)
-        codes, scales, minima = (t[:, :, lo:hi] for t in blocks(fmt, buf))
-        flat = dequantise(fmt, unpack(fmt, codes), scales, minima).flatten(2, 3)
+        codes, *stored = (t[:, :, lo:hi] for t in blocks(fmt, buf))
+        flat = dequantise(fmt, unpack(fmt, codes), *stored).flatten(2, 3)
         parts.append(flat[:, :, start - lo * fmt.block : min(end, done) - lo * fmt.block])
     if end > done:
         parts.append(tail(fmt, buf)[:, :, max(start, done) - done : end - done])
     return torch.cat(parts, 2) if parts else tail(fmt, buf)[:, :, :0]
 
 
-def truncate(fmt: KVFormat, buf: Tensor, filled: int, length: int) -> None:
-    """Make ``length`` the number of filled slots: tokens of opened blocks go back into the tail."""
-    if fmt.is_quantised and fmt.quantised(length) < fmt.quantised(filled):
-        first = fmt.quantised(length)
-        tail(fmt, buf)[:, :, : length - first].copy_(read(fmt, buf, first, length, filled))
+def truncate(fmt: KVFormat, buf: Tensor, filled: int, length: int, tokens: Tensor | None = None) -> None:
+    """Make ``length`` the number of filled slots: tokens of opened blocks go back into the tail.
+
+    tokens: ``[B, H, n, width]``, the last n before ``length``, where they cannot be read (latent keys).
+    """
+    first = fmt.quantised(length)
+    if fmt.is_blocked and first < fmt.quantised(filled):
+        tokens = read(fmt, buf, first, length, filled) if tokens is None else tokens
+        tail(fmt, buf)[:, :, : length - first].copy_(tokens[:, :, tokens.shape[2] - (length - first) :])

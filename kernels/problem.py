@@ -50,7 +50,13 @@ def results(spec: Spec, returned: Any, args: tuple[Any, ...]) -> list[Tensor]:
         q, _, _, k_buf, v_buf, lens, _, positions = args[:8]
         end = int(lens[1]) + q.shape[2]
         for fmt, buf in ((spec.key_format, k_buf), (spec.value_format, v_buf)):
-            if fmt.kind != "empty":
+            if fmt.kind == "latent":
+                done = fmt.quantised(end)
+                found += [
+                    kv_format.blocks(fmt, buf)[0].flatten(2, 3)[:, :, :done],
+                    kv_format.tail(fmt, buf)[:, :, : end - done],
+                ]
+            elif fmt.kind != "empty":
                 found.append(kv_format.read(fmt, buf, 0, end, end))
         if positions is not None:
             found.append(positions[..., :end])
@@ -71,8 +77,12 @@ def tolerances(spec: Spec, device: torch.device) -> list[float]:
     found = [exact * (2 if quantised else 1)] * (1 + spec.lse + spec.mass)
     if spec.phase == "decode":
         for fmt in (spec.key_format, spec.value_format):
-            if fmt.kind != "empty":
-                found.append(exact + 2.0 / (2**fmt.bits - 1) if fmt.is_quantised else 0.0)
+            if fmt.kind == "latent":
+                found += [0.0, 0.0]
+            elif fmt.kind != "empty":
+                # The outer steps of a Gaussian table are the widest, up to 0.7 of its largest number.
+                step = 1.0 if fmt.codebook == "gaussian" else 2.0 / (2**fmt.bits - 1) if fmt.is_quantised else 0.0
+                found.append(exact + step if fmt.is_quantised else 0.0)
         if spec.positions:
             found.append(0.0)
     return found
@@ -130,11 +140,11 @@ def _decode(
     device, filled = generator.device, max(tokens - new, 0)
     q = _queries(spec, generator, batch, heads, new)
     formats = spec.key_format, spec.value_format
-    fresh = [_tokens(fmt.dtype, generator, batch, heads, new, fmt.head_dim) for fmt in formats]
+    fresh = [_tokens(fmt.dtype, generator, batch, heads, new, fmt.width) for fmt in formats]
     buffers = []
     for fmt in formats:
         buf = _poisoned(fmt, batch, heads, filled + new + SLACK, device)
-        old = _tokens(fmt.dtype, generator, batch, heads, filled, fmt.head_dim, strided=False)
+        old = _tokens(fmt.dtype, generator, batch, heads, filled, fmt.width, strided=False)
         kv_format.append(fmt, buf, 0, old)
         buffers.append(buf)
     logical, positions = filled, None
@@ -147,13 +157,19 @@ def _decode(
     lens = torch.tensor([0, filled, logical])
     mask = _mask(spec, batch, new, logical + new, generator)
     args: tuple[Any, ...] = (q, *fresh, *buffers, lens, mask, positions)
-    if spec.index == "contiguous" and not spec.head_windows and spec.rotary == "none":
+    latent = spec.key_format.kind == "latent"
+    if spec.index == "contiguous" and not spec.head_windows and not latent and spec.rotary == "none":
         return args
     index = None
     if spec.index != "contiguous":
         size = spec.index_block if spec.index == "blocks" else 1
         index = _index(batch, heads, -(-max(filled, 1) // size), generator)
     bound = (torch.arange(heads, device=device) % 2).int() if spec.head_windows else None
+    if latent:
+        rank, angles = heads * spec.key_format.rank, torch.arange(logical + new, device=device)[:, None] * 0.1
+        projection = _normal(torch.float32, generator, heads, rank, spec.head_dim) / rank**0.5
+        angles = angles * torch.linspace(1.0, 0.01, spec.head_dim // 2, device=device).repeat(2)
+        return (*args, index, bound, None, None, projection, torch.stack([angles.cos(), angles.sin()])[:, None])
     if spec.rotary == "none":
         return (*args, index, bound)
     # Strided as slices of wider tables, which no model passes but a kernel must take.

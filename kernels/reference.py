@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kv_format, rotary
+from . import kv_format, latent_keys, rotary
 from .spec import AttentionSpec
 
 
@@ -134,6 +134,8 @@ def decode_attention(
     head_windows: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    projection: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append ``k_new``, ``v_new`` to the buffers in place, then attend over everything stored, or what ``index`` lists.
 
@@ -144,6 +146,7 @@ def decode_attention(
     positions: int32 ``[B, 1 | H_kv, C]``, column of each slot, updated in place; without it slot s is column
     ``s - start`` and the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``.
     head_windows: int32 ``[H_kv]``. cos, sin: for specs that rotate q and k_new first, see ``rotary.rotated``.
+    projection, table: for latent keys, see ``latent_keys.rebuild``; k_new is ``[B, H_kv, Q, D + rank]`` then.
     Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and float32
     ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for slots that
     are not filled or not read) behind it.
@@ -164,7 +167,13 @@ def decode_attention(
         columns = torch.arange(end - start, device=q.device).expand(q.shape[0], 1, -1)
     else:
         columns = positions[..., start:end].long()
-    k = kv_format.read(spec.key_format, k_buf, start, end, end)
+    if spec.key_format.kind == "latent":
+        if projection is None or table is None:
+            raise ValueError("latent keys are rebuilt by a projection and a rotary table; found none")
+        # Every head is rebuilt from the latents of all, so they keep the same tokens.
+        k = latent_keys.read(spec.key_format, k_buf, start, end, end, projection, table, columns[:, 0])
+    else:
+        k = kv_format.read(spec.key_format, k_buf, start, end, end)
     v = kv_format.read(spec.value_format, v_buf, start, end, end)
     chosen = None
     if spec.index != "contiguous":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
+# Fields that specs have not always had: a key names them only where they say something, so keys on disk stay valid.
+LATER_FIELDS: dict[str, Any] = {"rank": 0, "outliers": 0, "codebook": "uniform", "rotary": "none", "rotary_dim": 0}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a block of codes stores for each (batch, KV head): its name, dtype and sizes."""
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a block."""
+        return prod(self.sizes) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,10 @@ class KVFormat:
     ``dtype``, then blocks of ``block`` tokens: codes, float16 scales, float16 minima, ``x = code * scale + minimum``.
     The newest ``window`` tokens at least, and whatever does not fill a block yet, are read from the tail in full
     precision; ``quantised(filled)`` slots lie in blocks.
+    kind "latent": keys of which, once they leave the tail, only ``rank`` numbers a head remain (CSKV, arXiv
+    2409.10593), from before the rotary embedding; those of all heads together give every head's key, see
+    latent_keys.py. The layout is as for codes; a token is ``[D + rank]`` wide in the tail, exact key and latents, and
+    ``[rank]`` in blocks.
     kind "empty": no storage at all, for layers that are never read again.
 
     axis: "channel", a scale for each channel of ``group`` tokens (KIVI keys), or "token", one for each token of
@@ -45,9 +66,21 @@ class KVFormat:
     "token" for values. Codes are uint8 ``[Q / n, M, 4]`` with Q quads of that dimension (padded to whole bytes), M the
     size of the other one, and ``n = 8 / bits`` quads in the bits of each byte, the first one lowest. A dot product with
     integers takes four neighbours at once, and a vector of sums is one of neighbouring tokens, or channels.
+
+    rank, outliers: what GEAR (arXiv 2403.05527) adds to codes; 0 for neither. Of every group ``outliers`` values, half
+    of them its largest and half its smallest, count as the group's mean when it is quantised; the error elsewhere is
+    approximated by ``A @ B.T`` of this rank, and what is then left of the outliers is stored by itself. The value read
+    is ``code * scale + minimum + (A @ B.T) + outlier``. Unlike in the paper, where a prompt is one block, every block
+    stands for itself, as appending and truncating need it, and outliers are those of a group (of the whole channel, or
+    token, where group is 0), as it is the group's range that they would stretch.
+    codebook: "uniform", or "gaussian": codes are places in the best table for normally distributed numbers, ``x =
+    table[code] * scale``, without minima (TurboQuant, arXiv 2504.19874). It is for tokens that were rotated (see
+    rotation.py), with int4 or int2 and a scale for each token.
+
+    Raises ``ValueError`` for fields that contradict each other.
     """
 
-    kind: Literal["dense", "int8", "int4", "int2", "empty"]
+    kind: Literal["dense", "int8", "int4", "int2", "latent", "empty"]
     dtype: str
     head_dim: int
     axis: Literal["token", "channel"] = "token"
@@ -55,11 +88,40 @@ class KVFormat:
     group: int = 0
     window: int = 0
     packing: Literal["channel", "token"] = "channel"
+    rank: int = 0
+    outliers: int = 0
+    codebook: Literal["uniform", "gaussian"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.codebook == "gaussian":
+            if self.kind not in ("int4", "int2") or self.axis != "token" or self.is_corrected:
+                raise ValueError(
+                    "codebook 'gaussian' is for kind 'int4' or 'int2', axis 'token', without rank and outliers; "
+                    f"found {self}"
+                )
+        elif (self.rank or self.outliers) and not self.is_blocked:
+            raise ValueError(f"rank and outliers correct codes, which kind {self.kind!r} has not; found {self}")
+        if self.kind == "latent" and (self.rank < 1 or self.outliers):
+            raise ValueError(f"kind 'latent' stores rank numbers, at least 1, and no outliers; found {self}")
+        if self.rank < 0 or self.outliers < 0 or self.outliers % 2:
+            raise ValueError(f"rank is at least 0, outliers are an even number; found {self}")
+        if self.outliers > self.group_size or (self.outliers and self.group_size > 256):
+            raise ValueError(f"outliers are at most as many as a group has values, and that at most 256; found {self}")
 
     @property
     def is_quantised(self) -> bool:
         """Whether tokens lie in blocks of codes."""
         return self.kind in BITS
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether tokens leave a full-precision tail for blocks that store them in another way."""
+        return self.is_quantised or self.kind == "latent"
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token in full precision."""
+        return self.head_dim + (self.rank if self.kind == "latent" else 0)
 
     @property
     def bits(self) -> int:
@@ -74,7 +136,7 @@ class KVFormat:
     @property
     def tail_bytes(self) -> int:
         """Bytes of the full-precision tail at the start of a row."""
-        return self.tail_tokens * self.head_dim * DTYPES[self.dtype].itemsize
+        return self.tail_tokens * self.width * DTYPES[self.dtype].itemsize
 
     @property
     def group_size(self) -> int:
@@ -95,9 +157,38 @@ class KVFormat:
         return -(-packed // (4 * (8 // self.bits))) * other * 4
 
     @property
+    def is_corrected(self) -> bool:
+        """Whether blocks store what quantisation lost."""
+        return self.is_quantised and (self.rank > 0 or self.outliers > 0)
+
+    @property
+    def corrections(self) -> float:
+        """Numbers that correct codes, for each token and channel."""
+        if not self.is_corrected:
+            return 0.0
+        return self.rank * (1 / self.block + 1 / self.head_dim) + self.outliers / self.group_size
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a block stores, in the order in which it lies there."""
+        if self.kind == "latent":
+            return (Part("latents", DTYPES[self.dtype], (self.block, self.rank)),)
+        half, byte, groups = torch.float16, torch.uint8, self.groups
+        found = [Part("codes", byte, (self.code_bytes,)), Part("scales", half, (groups,))]
+        if self.codebook == "uniform":
+            found.append(Part("minima", half, (groups,)))
+        if self.rank:
+            found.append(Part("token_factors", half, (self.rank, self.block)))
+            found.append(Part("channel_factors", half, (self.rank, self.head_dim)))
+        if self.outliers:
+            found.append(Part("outliers", half, (self.outliers, groups)))
+            found.append(Part("places", byte, (self.outliers, groups)))
+        return tuple(found)
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one block: codes, scales, minima."""
-        return self.code_bytes + 4 * self.groups
+        """Bytes of one block, rounded up to whole words of 4."""
+        return -(-sum(part.nbytes for part in self.parts) // 4) * 4
 
     @property
     def token_bytes(self) -> float:
@@ -150,10 +241,7 @@ class AttentionSpec:
 
     def key(self) -> str:
         """Canonical JSON of the spec: the string that custom ops carry and caches are keyed by."""
-        fields = asdict(self)
-        if self.rotary == "none":  # as before there was any, so that what was tuned then is still found
-            del fields["rotary"], fields["rotary_dim"]
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return json.dumps(named(asdict(self)), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_key(key: str) -> AttentionSpec:
@@ -163,6 +251,15 @@ class AttentionSpec:
     def dense(self) -> AttentionSpec:
         """The same attention over every visible key."""
         return replace(self, window=None, sinks=0)
+
+
+def named(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec, or a format, as a key names them: without later ones that say nothing."""
+    return {
+        name: named(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+    }
 
 
 @lru_cache(maxsize=4096)

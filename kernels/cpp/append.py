@@ -10,9 +10,9 @@ from functools import lru_cache
 from torch import Tensor
 
 from .. import kv_format
-from ..spec import DTYPES, KVFormat
+from ..spec import DTYPES, KVFormat, named
 from .compile import compile_source, missing_toolchain, render
-from .formats import symbols, unsupported
+from .formats import additions, symbols, unsupported
 
 Append = Callable[[Tensor, int, Tensor], None]
 
@@ -21,7 +21,7 @@ FIELDS = ("buffer, buffer_b, buffer_h", "x, x_b, x_h, x_t, x_d", "B, H, filled, 
 
 def supports(fmt: KVFormat) -> str | None:
     """Why no C++ append can be generated for ``fmt``, in one line for the user; None when one can."""
-    if not fmt.is_quantised:
+    if not fmt.is_blocked:
         return f"appending to the format '{fmt.kind}' is a copy, which torch does at memory bandwidth"
     return unsupported(fmt) or missing_toolchain()
 
@@ -31,9 +31,10 @@ def source(fmt: KVFormat) -> str:
     return render(
         "bulk_append.cpp.jinja",
         title="torchaccel append to a quantised KV buffer",
-        spec=json.dumps(asdict(fmt), sort_keys=True),
+        spec=json.dumps(named(asdict(fmt)), sort_keys=True),
         fields=FIELDS,
         format=symbols(fmt),
+        **additions(fmt),
     )
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import rotary
-from ..spec import DTYPES, AttentionSpec
+from ..spec import DTYPES, AttentionSpec, KVFormat
 from .compile import Entry, compile_source, missing_toolchain, render
-from .formats import C_TYPES, symbols, unsupported
+from .formats import C_TYPES, additions, symbols, unsupported
 
 Decode = Callable[..., Any]
 
@@ -39,6 +39,8 @@ FIELDS = (
 )
 # Behind the others, for specs that rotate q and k_new.
 ROTARY_FIELDS = ("cos, cos_b, cos_q, cos_d", "sin, sin_b, sin_q, sin_d", "table_kind")
+# Behind the others, for latent keys.
+LATENT_FIELDS = ("projection, rotary, rotary_s, rotary_b, rotary_size",)
 SPLITS = ("stream", "kv", "single")
 
 
@@ -54,6 +56,10 @@ def supports(spec: AttentionSpec) -> str | None:
         reason = unsupported(fmt, name)
         if reason:
             return reason
+        if fmt.kind == "latent" and (name == "value" or spec.index == "tokens"):
+            return (
+                "latents are rebuilt into keys, tile by tile: neither values nor lists of single tokens can be read so"
+            )
         if fmt.is_quantised and fmt.packing != packing:
             return f"codes of {name}s must lie side by side by {packing}; found {fmt.packing}"
         if fmt.is_quantised and fmt.axis == "token" and fmt.group_size % (32 // fmt.bits) and fmt.groups > fmt.block:
@@ -67,8 +73,8 @@ def tile_of(spec: AttentionSpec) -> int:
     """Keys handled at a time: at most 64, of one block of codes, of one group of scales, of one listed block."""
     sizes = [DENSE_TILE]
     for fmt in (spec.key_format, spec.value_format):
-        if fmt.is_quantised and spec.index != "tokens":
-            sizes += [fmt.block] + ([fmt.group_size] if fmt.axis == "channel" else [])
+        if fmt.is_blocked and spec.index != "tokens":
+            sizes += [fmt.block] + ([fmt.group_size] if fmt.axis == "channel" and fmt.is_quantised else [])
     if spec.index == "blocks":
         sizes.append(spec.index_block)
     return gcd(*sizes)
@@ -87,7 +93,7 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
         "attention.cpp.jinja",
         title="torchaccel decode attention",
         spec=spec.key(),
-        fields=FIELDS if spec.rotary == "none" else FIELDS + ROTARY_FIELDS,
+        fields=FIELDS + _more_fields(spec),
         q_type=C_TYPES[spec.dtype],
         key=symbols(spec.key_format),
         value=symbols(spec.value_format),
@@ -102,8 +108,14 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
         mass=spec.mass,
         rotary=spec.rotary,
         rotary_dim=spec.rotary_dim,
+        **additions(spec.key_format, spec.value_format),
         **modifiers(spec),
     )
+
+
+def _more_fields(spec: AttentionSpec) -> tuple[str, ...]:
+    latent = LATENT_FIELDS if spec.key_format.kind == "latent" else ()
+    return (ROTARY_FIELDS if spec.rotary != "none" else ()) + latent
 
 
 def modifiers(spec: AttentionSpec) -> dict[str, object]:
@@ -132,10 +144,11 @@ def _bool(value: bool) -> str:
 def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     """The compiled kernel of ``spec``: ``reference.decode_attention`` without its first argument.
 
-    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin)``, shapes and results as
-    in the reference. q, k_new, v_new, the mask and the tables may have any strides; the buffers need a contiguous last
-    dimension. With k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are attended. Results are
-    contiguous.
+    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin, projection, table)``,
+    shapes and results as in the reference. q, k_new, v_new, the mask, cos and sin may have any strides; the buffers
+    need a contiguous last dimension. With k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are
+    attended. Results are contiguous.
+
     split: how threads share the tiles, "stream" (stream-K: equal shares of all tiles), "kv" (each KV head's tiles cut
     in as many parts as there are threads) or "single" (a KV head to a thread). Raises ``ValueError`` for a spec that
     ``supports`` refuses; the returned function raises ``RuntimeError`` when the buffer is full.
@@ -153,7 +166,7 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     few = kernel_of(False)
     key, value = spec.key_format, spec.value_format
     k_dtype, v_dtype, dtype = DTYPES[key.dtype], DTYPES[value.dtype], DTYPES[spec.dtype]
-    k_coded, v_coded = key.is_quantised, value.is_quantised
+    k_coded, v_coded, latent = key.is_blocked, value.is_blocked, key.kind == "latent"
     indexed, sides = spec.index != "contiguous", spec.lse or spec.mass
     group, head_dim = spec.group, value.head_dim
     masked, windows, rotates = spec.mask != "none", spec.head_windows, spec.rotary != "none"
@@ -172,6 +185,8 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
         head_windows: Tensor | None = None,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
+        projection: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> Any:
         batch, heads, n, _ = q.shape
         out = empty((batch, heads, n, head_dim), dtype=dtype)
@@ -228,6 +243,9 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
             if cos.dtype != sin.dtype or cos.dtype not in MASK_KINDS:
                 cos, sin = cos.float(), sin.float()
             extra += table_arguments(cos, sin)
+        if latent:
+            projection, table = _rebuilding(key, projection, table, heads // group)
+            extra = (*extra, projection.data_ptr(), table.data_ptr(), *_table_sizes(table))
         kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
@@ -252,6 +270,21 @@ def table_arguments(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
     if cos.shape[0] == 1:
         cos_b = sin_b = 0
     return cos.data_ptr(), cos_b, cos_q, cos_d, sin.data_ptr(), sin_b, sin_q, sin_d, MASK_KINDS[cos.dtype]
+
+
+def _rebuilding(fmt: KVFormat, projection: Tensor | None, table: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """What latent keys are rebuilt with, as the kernel reads it."""
+    shape = heads, heads * fmt.rank, fmt.head_dim
+    if projection is None or table is None or tuple(projection.shape) != shape:
+        found = None if projection is None else list(projection.shape)
+        raise ValueError(f"latent keys need a projection {list(shape)} and a rotary table; found {found}, {table}")
+    return projection.to(DTYPES[fmt.dtype]).contiguous(), table.float().contiguous()
+
+
+def _table_sizes(table: Tensor) -> tuple[int, int, int]:
+    """Steps from cosine to sine and from a batch row to the next, 0 where they share one; channels that are turned."""
+    one, rows, _, size = table.stride()[0], *table.shape[1:]
+    return one, table.stride()[1] if rows > 1 else 0, size
 
 
 def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

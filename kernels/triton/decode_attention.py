@@ -41,6 +41,8 @@ def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
     for name, fmt in (("key", keys), ("value", values)):
         if fmt.kind == "empty":
             return f"an empty {name} format holds nothing to attend to"
+        if fmt.kind == "latent":
+            return f"{name}s are read as they are stored, not rebuilt from latents"
         if (fmt.dtype, fmt.head_dim) != (spec.dtype, spec.head_dim):
             return f"the {name} format must have the dtype and head dimension of the queries"
         if fmt.is_quantised and (reason := _refuses(fmt)):
@@ -62,6 +64,10 @@ def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
 
 
 def _refuses(fmt: KVFormat) -> str | None:
+    if fmt.is_corrected:
+        return f"codes are read as they are, without corrections; found rank {fmt.rank}, {fmt.outliers} outliers"
+    if fmt.codebook != "uniform":
+        return f"codes are scaled, not looked up; found codebook '{fmt.codebook}'"
     size = fmt.group_size
     if fmt.block < 16 or fmt.block & (fmt.block - 1):
         return f"blocks of a power of two tokens from 16 on, not {fmt.block}"

@@ -54,10 +54,31 @@ def test_quantised_caches_are_read_with_their_scales(kind: str, bits: int) -> No
     assert found.codes == 2 * 8 * (131072 - 32) * 128
 
 
+def test_corrections_of_codes_are_read_and_decoded() -> None:
+    plain = attention(kind="int2")
+    keys, values = (replace(fmt, rank=2, outliers=4) for fmt in (plain.key_format, plain.value_format))
+    spec = replace(plain, key_format=keys, value_format=values)
+    before, found = (amounts(case, Candidate("cpp"), LLAMA, CPU.processors) for case in (plain, spec))
+    # Of every block of 64 tokens and 128 channels: two pairs of factors; 4 outliers for each channel or token.
+    factors, outliers = 2 * (64 + 128), 4 * (128 + 64)
+    blocks = 8 * (131072 - 32) / 64
+    assert found.resident - before.resident == pytest.approx(blocks * (2 * 2 * factors + 3 * outliers))
+    assert found.codes - before.codes == pytest.approx(blocks * (2 * factors + outliers))
+
+
+def test_latent_keys_are_few_bytes_and_many_flops() -> None:
+    plain = attention()
+    spec = replace(plain, key_format=KVFormat("latent", "bfloat16", 128, block=64, rank=32))
+    before, found = (amounts(case, Candidate("cpp"), LLAMA, CPU.processors) for case in (plain, spec))
+    # A quarter of a key's bytes, but for the half block that waits; each of 8 heads needs all 8 x 32 latents.
+    assert before.resident - found.resident == pytest.approx(8 * (131072 - 32) * 2 * (128 - 32))
+    assert found.flops - before.flops == pytest.approx(2 * 8 * (131072 - 32) * 128 * 8 * 32)
+
+
 def test_symbols_can_be_substituted() -> None:
     work = work_of(attention(), Candidate("cpp"))
     values = {s.B: 1, s.H_q: 12, s.H_kv: 4, s.S_q: 1, s.S_kv: 1024, s.D: 64, s.density: 1, s.bits: 16, s.width: 2}
-    values |= {s.tail: 0, s.P: 2}
+    values |= {s.tail: 0, s.latents: 0, s.P: 2}
     assert work.flops.subs(values) == 4 * 12 * 1024 * 64
     assert work.resident.subs(values) == 2 * 4 * 1024 * 64 * 2
     assert work.utilisation.subs(values) == 1

@@ -18,12 +18,16 @@ def dense(dtype: str, dim: int) -> KVFormat:
     return KVFormat("dense", dtype, dim)
 
 
-def keys(kind: Any, dtype: str, dim: int, axis: Any = "channel", group: int = 0, window: int = 0) -> KVFormat:
-    return KVFormat(kind, dtype, dim, axis, 64, group, window, "channel")
+def keys(
+    kind: Any, dtype: str, dim: int, axis: Any = "channel", group: int = 0, window: int = 0, **more: Any
+) -> KVFormat:
+    return KVFormat(kind, dtype, dim, axis, 64, group, window, "channel", **more)
 
 
-def values(kind: Any, dtype: str, dim: int, axis: Any = "token", group: int = 0, window: int = 0) -> KVFormat:
-    return KVFormat(kind, dtype, dim, axis, 64, group, window, "token")
+def values(
+    kind: Any, dtype: str, dim: int, axis: Any = "token", group: int = 0, window: int = 0, **more: Any
+) -> KVFormat:
+    return KVFormat(kind, dtype, dim, axis, 64, group, window, "token", **more)
 
 
 def spec(dtype: str, dim: int, group: int, key: KVFormat, value: KVFormat, **changes: Any) -> AttentionSpec:
@@ -52,6 +56,30 @@ DECODE = {
     "head_windows": spec(
         HALF, 64, 4, dense(HALF, 64), values("int8", HALF, 64),
         window=50, sinks=3, head_windows=True, softcap=8.0, lse=True,
+    ),
+    "gear2": spec(
+        HALF, 64, 3, keys("int2", HALF, 64, window=64, rank=2, outliers=2),
+        values("int2", HALF, 64, rank=4, outliers=4),
+    ),
+    "gear_other_axes_pages": spec(
+        FULL, 42, 2, keys("int4", FULL, 42, "token", rank=3, outliers=2),
+        values("int8", FULL, 42, "channel", outliers=4), index="blocks", index_block=16, mask="bool", lse=True,
+    ),
+    "gear_groups_token_list": spec(
+        "float16", 64, 1, keys("int2", "float16", 64, group=32, rank=5, outliers=2),
+        values("int4", "float16", 64, "channel", group=32, outliers=2), index="tokens",
+    ),
+    "codebook4": spec(
+        HALF, 64, 3, keys("int4", HALF, 64, "token", codebook="gaussian"),
+        values("int4", HALF, 64, window=64, codebook="gaussian"), mass=True,
+    ),
+    "codebook2_groups": spec(
+        FULL, 128, 6, keys("int2", FULL, 128, "token", group=32, codebook="gaussian"),
+        values("int2", FULL, 128, group=32, codebook="gaussian"),
+    ),
+    "codebook_and_gear_token_list": spec(
+        FULL, 42, 2, keys("int4", FULL, 42, "token", codebook="gaussian"),
+        values("int2", FULL, 42, rank=1, outliers=42), index="tokens",
     ),
     "side_results": spec(FULL, 123, 1, dense(FULL, 123), dense(FULL, 123), lse=True, mass=True, mask="bool"),
 }  # fmt: skip

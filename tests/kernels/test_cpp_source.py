@@ -17,6 +17,7 @@ from torchaccel.kernels.cpp import compile as toolchain
 from torchaccel.kernels.spec import LinearSpec
 
 from tests.kernels.cpp_support.cases import SPECS, assert_same, inputs
+from tests.kernels.test_cpp_formats import DECODE
 from tests.kernels.test_cpp_prefill import SPECS as PREFILL_SPECS
 from tests.kernels.test_selection import SPECS as SELECTION_SPECS
 from tests.kernels.test_selection_prompt import SPECS as PROMPT_SELECTION_SPECS
@@ -27,6 +28,7 @@ SOURCES = {
     "decode_bf16_bool": lambda: attention.source(SPECS["bf16_bool"]),
     "decode_f32_int8_positions_additive": lambda: attention.source(SPECS["f32_int8_positions_additive"]),
     "decode_bf16_bool_rotary": lambda: attention.source(replace(SPECS["bf16_bool"], rotary="half", rotary_dim=64)),
+    "decode_bf16_gear2": lambda: attention.source(DECODE["gear2"]),
     "prefill_bf16_window": lambda: window_prefill.source(PREFILL_SPECS["bf16_window"]),
     "linear_bf16_3": lambda: linear.source(LinearSpec("bfloat16", 1, False), 3),
     "append_int8_keys": lambda: append.source(SPECS["bf16_int8_bool"].key_format),
@@ -67,10 +69,14 @@ def test_the_same_spec_gives_the_same_text_in_another_process() -> None:
 
 
 @pytest.mark.skipif(toolchain.missing_toolchain() is not None, reason=str(toolchain.missing_toolchain()))
-@pytest.mark.parametrize("name", ["bf16_int8_bool"])
+@pytest.mark.parametrize("name", ["codes", "codebook_and_gear"])
 def test_avx2(name: str) -> None:
     """The same source built for 256-bit vectors."""
-    case = inputs(SPECS[name], batch=2, length=200)
+    spec = SPECS["bf16_int8_bool"]
+    if name == "codebook_and_gear":
+        keys, values = DECODE["codebook4"].key_format, DECODE["gear2"].value_format
+        spec = replace(spec, head_dim=64, group=3, key_format=keys, value_format=values, scale=0.125)
+    case = inputs(spec, batch=2, length=200)
     case.mask = torch.rand(2, 1, 1, 201) > 0.3
     with config.patch({"cpp.simdlen": 256}):
         narrow = _build_again(attention, attention.decode_attention, case.spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -11,8 +12,9 @@ from torchaccel.kernels.spec import KVFormat
 
 CPU = torch.device("cpu")
 INT8 = [KVFormat("int8", "float32", 24, axis, block=16) for axis in ("channel", "token")]
-FORMATS = [KVFormat("dense", "float32", 24), *INT8]
-IDS = ["dense", "int8-channel", "int8-token"]
+GEAR = [replace(fmt, rank=2, outliers=4) for fmt in INT8]
+FORMATS = [KVFormat("dense", "float32", 24), *INT8, *GEAR]
+IDS = ["dense", "int8-channel", "int8-token", "gear-channel", "gear-token"]
 
 
 def filled(fmt: KVFormat, pieces: list[torch.Tensor]) -> torch.Tensor:
@@ -25,7 +27,7 @@ def filled(fmt: KVFormat, pieces: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1.0, 300.0])
-@pytest.mark.parametrize("fmt", INT8, ids=IDS[1:])
+@pytest.mark.parametrize("fmt", INT8, ids=IDS[1:3])
 def test_quantisation_error_is_at_most_half_a_scale(fmt: KVFormat, spread: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 16, 24) * spread + 2 * spread
@@ -37,7 +39,7 @@ def test_quantisation_error_is_at_most_half_a_scale(fmt: KVFormat, spread: float
     assert (error <= bound.unsqueeze(dim)).all()
 
 
-@pytest.mark.parametrize("fmt", INT8, ids=IDS[1:])
+@pytest.mark.parametrize("fmt", [*INT8, *GEAR], ids=IDS[1:])
 def test_constant_groups_are_exact(fmt: KVFormat) -> None:
     x = torch.full((1, 16, 24), -1.375)
     assert torch.equal(kv_format.dequantise(fmt, *kv_format.quantise(fmt, x)), x)
@@ -79,10 +81,14 @@ def test_truncate_keeps_what_is_read_and_continues(fmt: KVFormat, length: int) -
 
 
 def test_capacity_is_whole_blocks_and_bytes_are_counted() -> None:
-    for fmt in INT8:
+    for fmt in (*INT8, *GEAR, KVFormat("int2", "float32", 7, "channel", block=16, rank=1, outliers=2)):
         buf = kv_format.allocate(fmt, 1, 1, 33, CPU)
         assert kv_format.capacity(fmt, buf) == 48
-        assert buf.shape[2] == fmt.tail_bytes + 3 * fmt.block_bytes
+        assert buf.shape[2] == fmt.tail_bytes + 3 * fmt.block_bytes and fmt.block_bytes % 4 == 0
+        assert sum(part[0, 0, 0].nbytes for part in kv_format.blocks(fmt, buf)) <= fmt.block_bytes
+    plain, gear = INT8[0], GEAR[0]
+    factors, outliers = 2 * 2 * (16 + 24), 3 * 4 * 24
+    assert gear.block_bytes == plain.block_bytes + factors + outliers
     assert kv_format.capacity(FORMATS[0], kv_format.allocate(FORMATS[0], 1, 1, 33, CPU)) == 33
 
 

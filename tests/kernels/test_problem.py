@@ -23,6 +23,17 @@ SPECS = {
     "decode_positions": replace(DECODE, positions=True, mask="bool"),
     "decode_int8": replace(DECODE, key_format=INT8[0], value_format=INT8[1]),
     "decode_rotary": replace(DECODE, rotary="half", rotary_dim=16),
+    "decode_gear": replace(
+        DECODE,
+        key_format=KVFormat("int2", "float32", 32, "channel", rank=2, outliers=2),
+        value_format=KVFormat("int2", "float32", 32, "token", packing="token", rank=2, outliers=2),
+    ),
+    "decode_codebook": replace(
+        DECODE,
+        key_format=KVFormat("int4", "float32", 32, "token", codebook="gaussian"),
+        value_format=KVFormat("int2", "float32", 32, "token", packing="token", codebook="gaussian"),
+    ),
+    "decode_latent": replace(DECODE, key_format=KVFormat("latent", "float32", 32, block=32, rank=4), positions=True),
     "decode_window": replace(DECODE, window=50, sinks=4, head_windows=True),
     "decode_blocks": replace(DECODE, index="blocks", lse=True),
     "decode_tokens": replace(DECODE, index="tokens", mass=True),

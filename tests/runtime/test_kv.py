@@ -16,6 +16,7 @@ from torchaccel.runtime.storage import Layout, grown
 
 DENSE = Layout(KVFormat("dense", "float32", 16))
 INT8 = Layout(KVFormat("int8", "float32", 16, "channel"))
+GEAR = Layout(KVFormat("int8", "float32", 16, "channel", rank=2, outliers=2))
 PRUNED = Layout(KVFormat("dense", "float32", 16), positions=True, pruned=True)
 EMPTY = Layout(KVFormat("empty", "float32", 16))
 TOLERANCE = {"dense": 0.0, "int8": 0.03}
@@ -38,7 +39,7 @@ def append(kv, new):
     return view(storage, own.start, storage.filled, own.shape[2] + new.shape[2])
 
 
-@pytest.mark.parametrize("layout", [DENSE, INT8], ids=["dense", "int8"])
+@pytest.mark.parametrize("layout", [DENSE, INT8, GEAR], ids=["dense", "int8", "gear"])
 class TestKeepsLayout:
     def test_operations_of_a_cache(self, layout):
         x = tokens(130)

@@ -10,7 +10,27 @@ from typing import Any
 import sympy
 from sympy import Max, Min, ceiling, floor
 
-from .symbols import ATTENTION, LINEAR, B, D, H_kv, H_q, K, M, N, P, S_kv, S_q, bits, density, matrices, tail, width
+from .symbols import (
+    ATTENTION,
+    LINEAR,
+    B,
+    D,
+    H_kv,
+    H_q,
+    K,
+    M,
+    N,
+    P,
+    S_kv,
+    S_q,
+    bits,
+    corrections,
+    density,
+    latents,
+    matrices,
+    tail,
+    width,
+)
 
 # Keys that the C++ kernel handles at a time, and tiles below which it wakes no second thread.
 CPP_TILE, CPP_MIN_TILES = 64, 8
@@ -31,9 +51,10 @@ class Work:
 
     size: bytes read and written. resident: bytes that a repeated call finds in a cache that holds them. flops: of
     matrix products. rows: (query head, key) pairs whose score goes through the softmax. codes: quantised numbers
-    decoded. load: share of the work on the busiest processor, 1 / P at best. pieces: partial results to merge.
-    launches: kernels or operators started. forks: times that threads are woken and joined. in_flight: bytes that
-    one processor has requested at a time, 0 where hardware prefetches. shared: bytes of fast memory of one block.
+    decoded, with the factors and outliers that correct them. load: share of the work on the busiest processor, 1 / P at
+    best. pieces: partial results to merge. launches: kernels or operators started. forks: times that threads are woken
+    and joined. in_flight: bytes that one processor has requested at a time, 0 where hardware prefetches. shared: bytes
+    of fast memory of one block.
     """
 
     symbols: tuple[Any, ...]
@@ -107,7 +128,13 @@ def _queries() -> Any:
 
 
 def _codes(quantised: bool, share: Any) -> Any:
-    return 2 * B * H_kv * (S_kv - Min(S_kv, tail)) * D * share if quantised else 0
+    """Numbers decoded: codes, and what corrects them."""
+    return 2 * B * H_kv * (S_kv - Min(S_kv, tail)) * D * share * (1 + corrections) if quantised else 0
+
+
+def _rebuild(share: Any) -> Any:
+    """FLOPs that make keys of latents: a product of all the latents of a token for each KV head."""
+    return 2 * B * H_kv * (S_kv - Min(S_kv, tail)) * share * D * latents
 
 
 def _cpp_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
@@ -130,7 +157,7 @@ def _cpp_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
         ATTENTION,
         size=_stored(density) + _queries(),
         resident=_stored(density),
-        flops=4 * pairs * D,
+        flops=4 * pairs * D + _rebuild(density),
         rows=pairs,
         codes=_codes(quantised, density),
         load=load,
@@ -191,7 +218,7 @@ def _composed_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
         ATTENTION,
         size=_stored(1) + _queries() + 2 * made + S_q * S_kv * (1 + width),
         resident=_stored(1) + made,
-        flops=4 * pairs * D,
+        flops=4 * pairs * D + _rebuild(1),
         rows=pairs,
         codes=_codes(quantised, 1),
         load=ceiling(tasks / P) / tasks,

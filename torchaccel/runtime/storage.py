@@ -179,13 +179,13 @@ class Storage:
         rows, heads = (self.buf.shape[0] if batch is None else batch.shape[0]), self.buf.shape[1]
         # Whole quantised blocks are moved as they are: their codes must not be made anew.
         intact = self.intact(end, len(self.cuts) if age is None else age)
-        base = start - start % fmt.block if fmt.is_quantised and intact else start
+        base = start - start % fmt.block if fmt.is_blocked and intact else start
         buf = kv_format.allocate(fmt, rows, heads, grown(end - base + room), self.buf.device)
         slots = None
         if self.positions is not None:
             slots = self.positions.new_empty(rows, self.positions.shape[1], kv_format.capacity(fmt, buf))
             slots[..., : end - base].copy_(pick(self.positions[..., base:end]))
-        if fmt.is_quantised and intact:
+        if fmt.is_blocked and intact:
             done = max(base, fmt.quantised(end))
             size = (done - base) // fmt.block * fmt.block_bytes
             lo = fmt.tail_bytes + base // fmt.block * fmt.block_bytes

@@ -64,7 +64,9 @@ class Key:
 
 def spec_key(spec: Spec) -> str:
     """Canonical JSON of a spec."""
-    return json.dumps(asdict(spec), sort_keys=True, separators=(",", ":"))
+    from torchaccel.kernels.spec import named
+
+    return json.dumps(named(asdict(spec)), sort_keys=True, separators=(",", ":"))
 
 
 def representative(shape: Mapping[str, int]) -> dict[str, int]:
