@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from ..fused_spec import (
     Activation,
@@ -24,10 +26,13 @@ from ..fused_spec import (
     Slice,
     reads,
 )
+from ..spec import DTYPES
 from .source import TYPES
 
 # Rows of a tile of the tensor cores: programs with linear layers have no more.
 MAX_ROWS = 16
+# Shared memory for what is loaded ahead: two programs per multiprocessor of an A100.
+PIPELINE_BYTES = 72 * 1024
 
 FUNCTIONS = {
     "silu": "{x} * tl.sigmoid({x})",
@@ -44,7 +49,7 @@ class FusedConfig:
     """Launch choices: results of a linear layer per program, what it sums in one step, columns of all else."""
 
     block_n: int = 16
-    block_k: int = 256
+    block_k: int = 128
     columns: int = 1024
     warps: int = 4
     stages: int = 4
@@ -69,7 +74,10 @@ class _At:
 
 
 class Program:
-    """The launches of ``spec``: ``phases`` holds the jobs of each. work: floats that stand between the launches."""
+    """The launches of ``spec``: ``phases`` holds the jobs of each.
+
+    work: floats that stand between the launches. stages: of the pipeline that loads ahead, as many as fit.
+    """
 
     def __init__(self, spec: FusedSpec, config: FusedConfig):
         self.spec = spec
@@ -78,6 +86,7 @@ class Program:
         self.widths = spec.widths()
         self.phases: list[list[Job]] = []
         self.work = 0
+        self.stages = config.stages
         self._stored: dict[int, int] = {}
         self._returned: dict[int, list[int]] = {}
         for place, out in enumerate(spec.outputs):
@@ -102,11 +111,18 @@ class Program:
                 self.work += spec.rows * self.widths[value]
         for phase in range(max(levels) + 1):
             self._jobs: list[Job] = []
-            for value, step in enumerate(spec.steps, self.first):
-                if levels[value] == phase + 1 and isinstance(step, Linear):
-                    self._linear(value, step)
-                elif levels[value] == phase + 1 and isinstance(step, Norm) and self._makes(value):
+            made = [v for v in range(self.first, len(levels)) if levels[v] == phase + 1 and self._makes(v)]
+            together: dict[Any, list[int]] = {}
+            for value in made:
+                step = spec.steps[value - self.first]
+                if isinstance(step, Linear):
+                    # By columns, rows of the weights lie as far apart as the layer is wide.
+                    apart = value if step.by_columns else None
+                    together.setdefault((step.x, step.threshold, apart), []).append(value)
+                elif isinstance(step, Norm):
                     self._norm(value, step)
+            for values in together.values():
+                self._linears(values)
             ready = [value for value in self._returned if levels[value] == phase and not self._makes(value)]
             for width in dict.fromkeys(self.widths[value] for value in ready):
                 self._return([value for value in ready if self.widths[value] == width], width)
@@ -121,41 +137,69 @@ class Program:
         self._statistics: dict[int, tuple[str | None, str]] = {}
         self._names = 0
 
-    def _linear(self, value: int, step: Linear) -> None:
+    def _linears(self, values: list[int]) -> None:
+        """Linear layers of one input in one order of the weights: a program computes some columns of one of them."""
         rows, config, dtype = self.spec.rows, self.config, TYPES[self.spec.dtype]
-        n, k = self.widths[value], self.widths[step.x]
-        self._job(f"linear_{value}", -(-n // config.block_n))
+        steps = [self._linear(value) for value in values]
+        k, (first, *_) = self.widths[steps[0].x], steps
+        ends = list(accumulate(-(-self.widths[value] // config.block_n) for value in values))
+        self._job("_".join(("linear", *map(str, values))), ends[-1])
         self._say(f"m = tl.arange(0, {MAX_ROWS}).to(tl.int64)[:, None]")
-        self._prepare([step.x])
-        self._say(
-            f"n = part * {config.block_n} + tl.arange(0, {config.block_n})",
-            f"acc = tl.zeros(({MAX_ROWS}, {config.block_n}), tl.float32)",
-        )
-        at = self._loop(k, config.block_k)
-        x = self._value(step.x, at)
-        self._say(f"x = tl.where({at.ok}, {x}, 0.0).to({dtype})")
-        if step.threshold is not None:
-            self._say(f"x = tl.where(tl.abs(x.to(tl.float32)) <= {step.threshold!r}, 0.0, x)")
-        if step.by_columns:
-            mask = at.inside
-            if step.threshold is not None:
-                self._say("active = tl.max((x != 0).to(tl.int32), 0)[None, :] > 0  # rows of W that any row of x needs")
-                mask = f"{mask} & active"
+        for place, (value, step) in enumerate(zip(values, steps, strict=True)):
+            self._branch(place, ends)
+            part = f"(part - {ends[place - 1]})" if place else "part"
             self._say(
-                f"w = tl.load(in{step.weight} + tl.trans({at.column}).to(tl.int64) * {n} + n[None, :], "
-                f"mask=tl.trans({mask}) & (n < {n})[None, :], other=0)",
+                f"weight = in{step.weight}",
+                f"n = {part} * {config.block_n} + tl.arange(0, {config.block_n})",
+                f"n_ok = n < {self.widths[value]}",
+            )
+            self._indent = 1
+        self._prepare([first.x])
+        self._say(f"acc = tl.zeros(({MAX_ROWS}, {config.block_n}), tl.float32)")
+        at = self._loop(k, config.block_k)
+        before = len(self._jobs[-1].lines)
+        self._say(f"x = tl.where({at.ok}, {self._value(first.x, at)}, 0.0).to({dtype})")
+        loads = sum(line.count("tl.load(") for line in self._jobs[-1].lines[before:])
+        step_bytes = config.block_k * (4 * MAX_ROWS * loads + DTYPES[self.spec.dtype].itemsize * config.block_n)
+        self.stages = min(self.stages, 1 + PIPELINE_BYTES // step_bytes)
+        inside = at.inside
+        if first.threshold is not None:
+            self._say(f"x = tl.where(tl.abs(x.to(tl.float32)) <= {first.threshold!r}, 0.0, x)")
+        if first.by_columns:
+            if first.threshold is not None:
+                self._say("active = tl.max((x != 0).to(tl.int32), 0)[None, :] > 0  # rows of W that any row of x needs")
+                inside = f"{inside} & active"
+            self._say(
+                f"w = tl.load(weight + tl.trans({at.column}).to(tl.int64) * {self.widths[values[0]]} + n[None, :], "
+                f"mask=tl.trans({inside}) & n_ok[None, :], other=0)",
                 "acc = tl.dot(x, w, acc, input_precision=PRECISION)",
             )
         else:
             self._say(
-                f"w = tl.load(in{step.weight} + n.to(tl.int64)[:, None] * {k} + {at.column}, "
-                f"mask=(n < {n})[:, None] & {at.inside}, other=0)",
+                f"w = tl.load(weight + n.to(tl.int64)[:, None] * {k} + {at.column}, "
+                f"mask=n_ok[:, None] & {inside}, other=0)",
                 "acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)",
             )
-        self._indent -= 1
-        if step.bias is not None:
-            self._say(f"acc += tl.load(in{step.bias} + n, mask=n < {n}, other=0).to(tl.float32)[None, :]")
-        self._store(value, "acc", f"m * {n} + n[None, :]", f"(m < {rows}) & (n < {n})[None, :]")
+        self._indent = 1
+        for place, (value, step) in enumerate(zip(values, steps, strict=True)):
+            self._branch(place, ends)
+            y = "acc"
+            if step.bias is not None:
+                y = f"y_{value}"
+                self._say(f"{y} = acc + tl.load(in{step.bias} + n, mask=n_ok, other=0).to(tl.float32)[None, :]")
+            self._store(value, y, f"m * {self.widths[value]} + n[None, :]", f"(m < {rows}) & n_ok[None, :]")
+            self._indent = 1
+
+    def _linear(self, value: int) -> Linear:
+        step = self.spec.steps[value - self.first]
+        assert isinstance(step, Linear)
+        return step
+
+    def _branch(self, place: int, ends: list[int]) -> None:
+        """Begin what is done for one of several layers, by the number of the program."""
+        if len(ends) > 1:
+            self._say("else:" if place == len(ends) - 1 else f"{'el' if place else ''}if part < {ends[place]}:")
+            self._indent = 2
 
     def _norm(self, value: int, step: Norm) -> None:
         """A norm of parts of a row: a program takes as many parts as it has columns for."""
