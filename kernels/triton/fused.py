@@ -26,11 +26,15 @@ def supports(spec: FusedSpec) -> str | None:
     return None
 
 
+def program_of(spec: FusedSpec) -> Program:
+    """The launches of ``spec``."""
+    return Program(spec, config(spec))
+
+
 def config(spec: FusedSpec) -> FusedConfig:
     """Launch choices: without a linear layer, a program takes a whole row, so that its statistics are known at once."""
     if any(isinstance(step, Linear) for step in spec.steps):
-        # As many bytes in flight whatever the dtype.
-        return FusedConfig(block_k=128 if spec.dtype == "float32" else 256)
+        return FusedConfig()
     widest = max(spec.widths()[out.value] for out in spec.outputs)
     return FusedConfig(columns=8192, warps=8 if widest > 2048 else 4, stages=1)
 
@@ -43,7 +47,7 @@ def generate(spec: FusedSpec) -> str:
         rows=spec.rows,
         listing=spec.listing(),
         parameters=parameters(spec),
-        phases=Program(spec, config(spec)).phases,
+        phases=program_of(spec).phases,
     )
 
 
@@ -62,7 +66,7 @@ def fused(spec: FusedSpec) -> Fused:
     if reason := supports(spec):
         raise ValueError(reason)
     dtype, launch = DTYPES[spec.dtype], config(spec)
-    program = Program(spec, launch)
+    program = program_of(spec)
     grids = [sum(job.programs for job in jobs) for jobs in program.phases]
     expected = []
     for item in spec.inputs:
@@ -89,7 +93,7 @@ def fused(spec: FusedSpec) -> Fused:
             for phase, programs in enumerate(grids):
                 kernel = getattr(module, f"phase_{phase}")
                 kernel[(programs,)](
-                    *given, work, *outputs, PRECISION=precision, num_warps=launch.warps, num_stages=launch.stages
+                    *given, work, *outputs, PRECISION=precision, num_warps=launch.warps, num_stages=program.stages
                 )
         return outputs
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
@@ -132,7 +133,6 @@ _SELECTIONS: dict[str, tuple[str, SummaryCase | SelectionCase | PromptCase]] = {
     "summary-mean": ("summarise", SummaryCase("", SummarySpec("mean", 80, "float16", "float32"), ())),
     "summary-channels": ("summarise", SummaryCase("", SummarySpec("channels", 128, "bfloat16", "bfloat16", 1, 20), ())),
     "bounds": ("select", SelectionCase("", _bounds("bfloat16", 128, sinks=1, recent=2), 0)),
-    "bounds-256": ("select", SelectionCase("", _bounds("bfloat16", 256, group=32, reduce="mean", pool=4), 0)),
     "mean-softmax": (
         "select",
         SelectionCase(
@@ -144,17 +144,21 @@ _SELECTIONS: dict[str, tuple[str, SummaryCase | SelectionCase | PromptCase]] = {
         ),
     ),
     "labels": ("score", SelectionCase("", _LABELS, 0)),
-    "labels-choice": ("choose", SelectionCase("", replace(_LABELS, mass=0.9), 1 << 17)),
     "antidiagonal": (
         "estimate",
         PromptCase("", PromptSelectionSpec("antidiagonal", 128, 4, "bfloat16", 0.1, 64, mass=0.9), 0),
     ),
     "prompt-mean": ("estimate", PromptCase("", PromptSelectionSpec("mean", 256, 4, "bfloat16", 0.1, 64), 0)),
     "prompt-average": ("average", PromptCase("", PromptSelectionSpec("mean", 80, 4, "bfloat16", 0.1, 64), 0)),
-    "prompt-choice": ("choose", PromptCase("", PromptSelectionSpec("mean", 128, 4, "bfloat16", 0.1, 64, mass=0.9), 0)),
 }
-# What takes long to compile, for the family with the least shared memory and the one with the fewest registers.
-_FLOAT32_SELECTIONS: dict[str, tuple[str, str, SelectionCase | PromptCase]] = {
+# What takes long to compile, each for the family that came closest to its limits.
+_SLOW_SELECTIONS: dict[str, tuple[str, str, SelectionCase | PromptCase]] = {
+    "labels-choice-sm_80": ("choose", "sm_80", SelectionCase("", replace(_LABELS, mass=0.9), 1 << 17)),
+    "bounds-256-gfx942": (
+        "select",
+        "gfx942",
+        SelectionCase("", _bounds("bfloat16", 256, group=32, reduce="mean", pool=4), 0),
+    ),
     "bounds-float32-sm_80": ("select", "sm_80", SelectionCase("", _bounds("float32", 256, sinks=1, mass=0.9), 0)),
     "antidiagonal-float32-gfx942": (
         "estimate",
@@ -164,7 +168,7 @@ _FLOAT32_SELECTIONS: dict[str, tuple[str, str, SelectionCase | PromptCase]] = {
 }
 # Launches of fused programs: (number of the launch, case).
 _FUSED: dict[str, tuple[int, FusedCase]] = {
-    "fused-between-attentions": (3, FusedCase("", between_attentions, rows=1)),
+    "fused-between-attentions": (3, FusedCase("", partial(between_attentions, act="silu", d=3456, ff=9216), rows=1)),
     "fused-layer-norm": (0, FusedCase("", layer_norm_mlp, "float32", 8)),
     "fused-by-columns": (1, FusedCase("", layer_norm_mlp, "bfloat16", 8)),
     "fused-packed-heads": (1, FusedCase("", packed_heads, "float16", 16)),
@@ -184,7 +188,7 @@ def _variant_cases() -> Iterator[CompileCase]:
             yield CompileCase(f"{name}-{family}", kernel, family, choice)
         for name, (phase, program) in _FUSED.items():
             yield CompileCase(f"{name}-{family}", f"phase_{phase}", family, program)
-    for name, (kernel, family, choice) in _FLOAT32_SELECTIONS.items():
+    for name, (kernel, family, choice) in _SLOW_SELECTIONS.items():
         yield CompileCase(name, kernel, family, choice)
 
 
@@ -294,8 +298,8 @@ def _fused(kernel: str, case: FusedCase, family: str) -> tuple[Any, dict[str, st
     fn = getattr(load(fused.generate(spec), "fused"), kernel)
     types = dict.fromkeys(fn.arg_names, _ELEMENT[spec.dtype]) | {"work": "*fp32"}
     types |= {f"in{i}": "*i64" for i, item in enumerate(spec.inputs) if item.kind == "index"}
-    config = fused.config(spec)
-    return fn, types, {"PRECISION": PRECISION[family]}, config.warps, config.stages
+    warps, stages = fused.config(spec).warps, fused.program_of(spec).stages
+    return fn, types, {"PRECISION": PRECISION[family]}, warps, stages
 
 
 def _described(item: CompileCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
