@@ -19,9 +19,10 @@ from torchaccel.passes.base import Decline, Fidelity, PassResult, Reason, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
 from torchaccel.passes.fusion.fuse_rows import FuseRows
 from torchaccel.passes.fusion.plan import Rates
-from torchaccel.passes.lowering.attention import AttentionLowering, Lowered
+from torchaccel.passes.lowering.attention import AttentionLowering
 from torchaccel.passes.lowering.choice import Chooser
 from torchaccel.passes.lowering.linear import lower_linear
+from torchaccel.passes.lowering.lowered import Lowered
 from torchaccel.passes.manager import PassManager
 from torchaccel.reporting import GraphRecord, Journal
 from torchaccel.runtime.compiled_graph import CompiledGraph, plain

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchaccel.methods import FAMILIES
 from torchaccel.passes.base import Fidelity, PassResult, Status
 from torchaccel.passes.fusion.fuse_rows import FusedGroup
-from torchaccel.passes.lowering.attention import LoweredSite
+from torchaccel.passes.lowering.lowered import LoweredSite
 from torchaccel.runtime.compiled_graph import CallCounter
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 from torchaccel.kernels import ops, shared_prefix
 from torchaccel.kernels.candidates import unsupported
@@ -17,50 +16,20 @@ from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
-from torchaccel.runtime.kv import LogicalKV, compress, prefix_names
+from torchaccel.runtime.bindings import AppendBinding, StoreBinding
+from torchaccel.runtime.kv import LogicalKV, prefix_names
 from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
-from ..dead_code import remove_dead_code
 from .choice import Chooser
 from .gate import Gate, Judgement
+from .lowered import Lowered, LoweredSite
 from .prompt_outputs import prompt_outputs
 from .rotary import Rotary, find_rotary, pays
+from .signature import Signature
 
 # The place of the mass among the results of the operators that have side results.
 MASS = 2
-
-
-@dataclass
-class LoweredSite:
-    """What became of one attention site: the kernel that runs it and the layouts of its cache.
-
-    switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
-    predicted_ms: of one call, with as many tokens stored as when the graph was compiled. gate: what the cost model
-    predicts of the lossy site against the exact one, in one line. rotary: whether the kernel does the rotary embedding
-    of the queries and the new keys, too.
-    """
-
-    site: str
-    kernel: str
-    layout: str
-    window: int | None = None
-    sinks: int = 0
-    switches: tuple[tuple[int | None, str], ...] = ()
-    predicted_ms: float | None = None
-    gate: str = ""
-    rotary: bool = False
-
-
-@dataclass
-class Lowered:
-    """The rewritten graph's signature, the example inputs of its new placeholders, and a line per site."""
-
-    bindings: Bindings
-    inputs: list[Any]
-    sites: list[LoweredSite] = field(default_factory=list)
-    declines: list[Decline] = field(default_factory=list)
 
 
 class AttentionLowering:
@@ -84,18 +53,9 @@ class AttentionLowering:
         self.chooser = chooser or Chooser(context.device)
         self.gate = Gate(self.chooser, self._spec, gate)
         self.graph: Graph = context.graph
-        self.examples = example_inputs
-        self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        self.output = next(n for n in self.graph.nodes if n.op == "output")
-        self.results: list[Any] = list(self.output.args[0])
-        self.removed: set[int] = set()
-        self.extra: list[Node] = []
-        self.appends: list[AppendBinding] = []
-        self.stores: list[StoreBinding] = []
-        self.inputs: list[Any] = []
+        self.signature = Signature(self.graph, example_inputs)
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
-        self.last_placeholder = self.placeholders[-1]
 
     def run(self) -> Lowered:
         """Rewrite the graph in place and return its new signature."""
@@ -121,7 +81,7 @@ class AttentionLowering:
                 self._lower_append(site, plan)
             for lowered in self.sites[before:]:
                 lowered.gate = judged.text
-        return self._finish()
+        return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines)
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         if plan.formats is None and plan.window is None:
@@ -217,22 +177,22 @@ class AttentionLowering:
         tokens = positions_output = None
         key_layout, value_layout = self._layouts(site, plan)
         if plan.keep is not None:
-            tokens = self._token_count()
-            positions_output = self._extra_output(plan.keep)
+            tokens = self.signature.token_count(self.context.anatomy.query_length)
+            positions_output = self.signature.extra_output(plan.keep)
             if tokens is None:
                 self.declines.append(Decline(site.name, Reason.UNKNOWN_LENGTH))
                 return
         elif plan.dropped:
-            tokens = self._token_count()
+            tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
         if plan.eviction is not None and not plan.dropped:
             layer = site.index if site.layer is None else site.layer
             count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
-            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self._extra_output)
-        self.stores.append(
+            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self.signature.extra_output)
+        self.signature.stores.append(
             StoreBinding(
-                self.results.index(stored[0]),
-                self.results.index(stored[1]),
+                self.signature.result(stored[0]),
+                self.signature.result(stored[1]),
                 key_layout,
                 value_layout,
                 positions_output,
@@ -245,14 +205,14 @@ class AttentionLowering:
     def _lower_append(self, site: AttentionSite, plan: SitePlan) -> None:
         keys, values = site.key_cache, site.value_cache
         assert keys.past is not None and values.past is not None
-        tokens = self._token_count()
+        tokens = self.signature.token_count(self.context.anatomy.query_length)
         stored = keys.stored, values.stored
         if tokens is None or stored[0] is None or stored[1] is None:
             self.declines.append(Decline(site.name, Reason.UNKNOWN_LENGTH))
             return
-        arguments = self.placeholders.index(keys.past), self.placeholders.index(values.past)
-        outputs = self.results.index(stored[0]), self.results.index(stored[1])
-        given = [self.examples[i] for i in arguments]
+        arguments = self.signature.argument(keys.past), self.signature.argument(values.past)
+        outputs = self.signature.result(stored[0]), self.signature.result(stored[1])
+        given = [self.signature.examples[i] for i in arguments]
         if all(isinstance(t, LogicalKV) for t in given):
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
@@ -268,24 +228,23 @@ class AttentionLowering:
         if unshared is not None:
             self.declines.append(Decline(site.name, Reason.UNSHARED_PREFIX, unshared))
             layouts = replace(layouts[0], prefixes=0), replace(layouts[1], prefixes=0)
-        self.removed.update(outputs)
+        self.signature.remove(*outputs)
         binding = AppendBinding(
             *arguments, *outputs, *layouts, tokens, keys.window, layouts[0].positions and not skipped, skipped
         )
         if skipped:
-            self.appends.append(binding)
+            self.signature.appends.append(binding)
             self.sites.append(LoweredSite(site.name, "skipped", "empty"))
             return
-        buffers = [self._buffer(past, layout) for past, layout in zip((keys.past, values.past), layouts, strict=True)]
-        positions = self._placeholder(f"{keys.past.name}_positions") if spec.positions else None
-        if positions is not None:
-            self.inputs.append(self._inner(keys.past, layouts[0], "positions"))
+        buffers = [
+            self.signature.buffer(past, layout) for past, layout in zip((keys.past, values.past), layouts, strict=True)
+        ]
+        positions = self.signature.buffer(keys.past, layouts[0], "positions") if spec.positions else None
         if layouts[0].prefixes:
-            self.appends.append(binding)
+            self.signature.appends.append(binding)
             self._attend_shared(site, plan, spec, buffers, layouts)
             return
-        lens = self._placeholder(f"{keys.past.name}_lens")
-        self.inputs.append(torch.zeros(3, dtype=torch.int64))
+        lens = self.signature.placeholder(f"{keys.past.name}_lens", torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
         choice = self.chooser.plan(spec, shape)
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
@@ -293,11 +252,11 @@ class AttentionLowering:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             assert received is not None
-            binding = replace(binding, mass_output=self._extra_output(received))
+            binding = replace(binding, mass_output=self.signature.extra_output(received))
         else:
             choice = self._attend(site, args, choice, shape)
         evicts = policy is not None and not policy.grows
-        self.appends.append(replace(binding, evicts=evicts, group=spec.group))
+        self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
 
     def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan, shape: AttentionShape) -> Plan:
@@ -336,9 +295,8 @@ class AttentionLowering:
         names = prefix_names(layouts[0])
         prefixes: list[Node] = []
         for name in names:
-            prefixes += [self._buffer(keys, layouts[0], name), self._buffer(values, layouts[1], name)]
-        lens = self._placeholder(f"{keys.name}_lens")
-        self.inputs.append(torch.zeros(1 + len(names), 3, dtype=torch.int64))
+            prefixes += [self.signature.buffer(keys, layouts[0], name), self.signature.buffer(values, layouts[1], name)]
+        lens = self.signature.placeholder(f"{keys.name}_lens", torch.zeros(1 + len(names), 3, dtype=torch.int64))
         own, shared = shared_prefix.specs(spec)
         # Which of the tokens are whose is data: for the choice, they are thought to be in the prefix.
         shape = self._shape(site, _size(_fake(keys).shape[2]))
@@ -350,22 +308,6 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_shared.default, (*args, of_own.key(), choice.key()))
         layout = f"{_describe(layouts[0])}, shared prefix of {' and of '.join(str(count) for count in rows)} rows"
         self._note(site, choice, of_prefix, layout, plan)
-
-    def _buffer(self, past: Node, layout: Layout, name: str = "buf") -> Node:
-        node = self._placeholder(f"{past.name}_{name}")
-        self.inputs.append(self._inner(past, layout, name))
-        return node
-
-    def _inner(self, past: Node, layout: Layout, name: str) -> Any:
-        fake = past.meta["example_value"]
-        if isinstance(fake, LogicalKV):
-            return getattr(fake, name)
-        return getattr(compress(layout, self.examples[self.placeholders.index(past)]), name)
-
-    def _placeholder(self, name: str) -> Node:
-        with self.graph.inserting_after(self.last_placeholder):
-            self.last_placeholder = self.graph.placeholder(name)
-        return self.last_placeholder
 
     def _replace(
         self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None
@@ -396,50 +338,6 @@ class AttentionLowering:
         reason = unsupported(choice.spec, self.context.device.type)
         if reason is not None:
             self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))
-
-    def _extra_output(self, node: Node) -> int:
-        if node not in self.extra:
-            self.extra.append(node)
-        return len(self.results) + self.extra.index(node)
-
-    def _token_count(self) -> TokenCount | None:
-        length = self.context.anatomy.query_length
-        if isinstance(length, int):
-            return TokenCount(length)
-        for index, node in enumerate(self.placeholders):
-            value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt) and value.node.expr == length.node.expr:
-                return TokenCount(None, index)
-            if isinstance(value, Tensor) and not isinstance(value, LogicalKV):
-                for dim, size in enumerate(value.shape):
-                    if isinstance(size, torch.SymInt) and size.node.expr == length.node.expr:
-                        return TokenCount(None, index, dim)
-        return None
-
-    def _finish(self) -> Lowered:
-        kept = [i for i in range(len(self.results)) if i not in self.removed]
-        self.output.args = (tuple([self.results[i] for i in kept] + self.extra),)
-        remove_dead_code(self.graph)
-        alive = []
-        for index, node in enumerate(self.placeholders):
-            # Lengths are data now: without readers they would only add guards and arguments.
-            if node.users or not _cache_or_length(node):
-                alive.append(index)
-            else:
-                self.graph.erase_node(node)
-        bindings = Bindings(
-            tuple(alive),
-            tuple(self.appends),
-            tuple(self.stores),
-            tuple(kept + [len(self.results) + i for i in range(len(self.extra))]),
-            len(self.results),
-        )
-        return Lowered(bindings, self.inputs, self.sites, self.declines)
-
-
-def _cache_or_length(node: Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, (LogicalKV, torch.SymInt, int)) or "past_key_values" in node.name
 
 
 def _unshared(spec: AttentionSpec, window: int | None, layouts: tuple[Layout, Layout]) -> str | None:

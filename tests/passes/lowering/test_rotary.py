@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchaccel.kernels.cpp.compile import missing_toolchain
-from torchaccel.passes.lowering.attention import AttentionLowering, Lowered
+from torchaccel.passes.lowering.attention import AttentionLowering
+from torchaccel.passes.lowering.lowered import Lowered
 from torchaccel.passes.manager import PassManager
 
 import torchaccel

@@ -1,0 +1,41 @@
+"""What lowering made of a graph: its new signature, and a line per attention site for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchaccel.runtime.bindings import Bindings
+
+from ..base import Decline
+
+
+@dataclass
+class LoweredSite:
+    """What became of one attention site: the kernel that runs it and the layouts of its cache.
+
+    switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
+    predicted_ms: of one call, with as many tokens stored as when the graph was compiled. gate: what the cost model
+    predicts of the lossy site against the exact one, in one line. rotary: whether the kernel does the rotary embedding
+    of the queries and the new keys, too.
+    """
+
+    site: str
+    kernel: str
+    layout: str
+    window: int | None = None
+    sinks: int = 0
+    switches: tuple[tuple[int | None, str], ...] = ()
+    predicted_ms: float | None = None
+    gate: str = ""
+    rotary: bool = False
+
+
+@dataclass
+class Lowered:
+    """The rewritten graph's signature, the example inputs of its new placeholders, and a line per site."""
+
+    bindings: Bindings
+    inputs: list[Any]
+    sites: list[LoweredSite] = field(default_factory=list)
+    declines: list[Decline] = field(default_factory=list)
