@@ -99,7 +99,7 @@ class AttentionLowering:
         for cache in (site.key_cache, site.value_cache):
             if cache.past is None or cache.kind == "static":
                 continue
-            readers = set(cache.full.users) - {site.node, self.output, cache.stored}
+            readers = set(cache.full.users) - {site.node, self.graph.output_node(), cache.stored}
             if readers or len(cache.past.users) != 1:
                 return Decline(site.name, Reason.SHARED_CACHE, ", ".join(n.name for n in readers))
         if site.key_cache.past is not None and site.causal and _hint(_fake(site.q).shape[2]) != 1:

@@ -23,7 +23,8 @@ class Signature:
         self.graph = graph
         self.examples = example_inputs
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        self.results: list[Any] = list(graph.output_node().args[0])
+        results: Any = graph.output_node().args[0]
+        self.results: list[Any] = list(results)
         self.inputs: list[Any] = []
         self.appends: list[AppendBinding] = []
         self.stores: list[StoreBinding] = []
@@ -63,7 +64,7 @@ class Signature:
         return len(self.results) + self._extra.index(node)
 
     def token_count(self, length: Any) -> TokenCount | None:
-        """Where a call's number of new tokens is read off the arguments; None when nowhere. length: an int or SymInt."""
+        """Where a call's number of new tokens, ``length`` in the graph, is read off the arguments; None when nowhere."""
         if isinstance(length, int):
             return TokenCount(length)
         for index, node in enumerate(self.placeholders):
