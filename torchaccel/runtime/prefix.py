@@ -9,7 +9,7 @@ from torchaccel.kernels import kv_format
 
 from .storage import Prefix, Storage, grown
 
-# Tokens below which rows get copies: a prefix costs two more kernels in every layer and step.
+# Tokens below which rows get copies: a prefix costs two more kernels in every layer and step, and 64 slots of each row.
 MIN_TOKENS = 128
 # A prefix, and one within it; a tree of answers that grows deeper copies the tokens of its lower branches.
 MAX_PREFIXES = 2
