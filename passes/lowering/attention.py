@@ -238,27 +238,28 @@ class AttentionLowering:
         self.inputs.append(torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
         choice = self.chooser.plan(spec, shape)
-        rotary = self._rotary(site, choice, shape)
-        if rotary is None:
-            args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions, choice.key())
-            self._replace(site, torch.ops.torchaccel.attend.default, args)
-        else:
-            found, choice = rotary
-            tables = (found.cos, found.sin)
-            args = (found.q, found.k_new, values.new, *buffers, lens, site.mask, positions, *tables, choice.key())
-            self._replace(site, torch.ops.torchaccel.attend_rotary.default, args)
+        rotary = self._rotary(site, choice)
+        target: Any = torch.ops.torchaccel.attend.default
+        q, k_new, key = site.q, keys.new, choice.key()
+        tables: tuple[Node, ...] = ()
+        if rotary is not None:
+            target = torch.ops.torchaccel.attend_rotary.default
+            q, k_new, tables = rotary.q, rotary.k_new, (rotary.cos, rotary.sin)
+            # Rotating is the same little work for every candidate: what was chosen without holds with it.
+            key = Plan(replace(spec, rotary=rotary.style, rotary_dim=rotary.dim), choice.picks).key()
+        args = (q, k_new, values.new, *buffers, lens, site.mask, positions, *tables, key)
+        self._replace(site, target, args)
         self._note(site, choice, shape, _describe(layouts[0]), plan)
+        self.sites[-1].rotary = rotary is not None
 
-    def _rotary(self, site: AttentionSite, plain: Plan, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
-        """The rotary embedding that a plan's kernels are to do, and the plan with it; None where it stays outside."""
+    def _rotary(self, site: AttentionSite, choice: Plan) -> Rotary | None:
+        """The rotary embedding that the kernels of a plan are to do; None where it stays outside."""
         found = find_rotary(site) if self.rotary else None
         if found is None or not pays(found, self.context.device):
             return None
         # Stock operators rotate in a dozen launches, Inductor in one loop.
-        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in plain.picks)
-        if not generated or not self.context.fuel.take():
-            return None
-        return found, self.chooser.plan(replace(plain.spec, rotary=found.style, rotary_dim=found.dim), shape)
+        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in choice.picks)
+        return found if generated and self.context.fuel.take() else None
 
     def _buffer(self, past: Node, layout: Layout) -> Node:
         node = self._placeholder(f"{past.name}_buffer")
@@ -291,8 +292,7 @@ class AttentionLowering:
         name = choice.pick(shape.tokens).implementation
         switches = tuple((limit, candidate.key()) for limit, candidate in choice.picks)
         predicted = self.chooser.predicted_ms(choice, shape)
-        rotary = choice.spec.rotary != "none"
-        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted, rotary))
+        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted))
         reason = unsupported(choice.spec, self.context.device.type)
         if reason is not None:
             self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))

@@ -45,7 +45,14 @@ def test_many_sequences_are_rotated_in_attention(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "batch", "rotates"),
-    [("decode", 2, False), ("decode", MANY, True), ("extend", 1, True), ("static", 2, False)],
+    [
+        ("decode", 2, False),
+        ("decode", MANY, True),
+        ("decode", 33, False),
+        ("extend", 1, True),
+        ("extend", 12, False),
+        ("static", 2, False),
+    ],
 )
 def test_where_it_pays(phase: str, batch: int, rotates: bool) -> None:
     found = capture_phase(build("llama", layers=1), phase, batch=batch)
