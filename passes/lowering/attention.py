@@ -248,38 +248,40 @@ class AttentionLowering:
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
         choice = self.chooser.plan(spec, shape)
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
+        rotary = False
         if mass:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             assert received is not None
             binding = replace(binding, mass_output=self.signature.extra_output(received))
         else:
-            choice = self._attend(site, args, choice, shape)
+            rotary = self._attend(site, args, choice)
         evicts = policy is not None and not policy.grows
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
+        self.sites[-1].rotary = rotary
 
-    def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan, shape: AttentionShape) -> Plan:
-        """Attention without side results, with rotary embedding where that pays; returns what was chosen."""
-        rotary = self._rotary(site, plan, shape)
-        if rotary is None:
+    def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan) -> bool:
+        """Attention without side results; returns whether its kernels do the rotary embedding, too."""
+        found = self._rotary(site, plan)
+        if found is None:
             self._replace(site, torch.ops.torchaccel.attend.default, (*args, plan.key()))
-            return plan
-        found, choice = rotary
-        rotated = (found.q, found.k_new, *args[2:], found.cos, found.sin, choice.key())
-        self._replace(site, torch.ops.torchaccel.attend_rotary.default, rotated)
-        return choice
+            return False
+        # Rotating is the same little work for every candidate: what was chosen without holds with it.
+        rotated = Plan(replace(plan.spec, rotary=found.style, rotary_dim=found.dim), plan.picks)
+        tables = found.cos, found.sin
+        args = (found.q, found.k_new, *args[2:], *tables, rotated.key())
+        self._replace(site, torch.ops.torchaccel.attend_rotary.default, args)
+        return True
 
-    def _rotary(self, site: AttentionSite, plain: Plan, shape: AttentionShape) -> tuple[Rotary, Plan] | None:
-        """The rotary embedding that a plan's kernels are to do, and the plan with it; None where it stays outside."""
+    def _rotary(self, site: AttentionSite, choice: Plan) -> Rotary | None:
+        """The rotary embedding that the kernels of a plan are to do; None where it stays outside."""
         found = find_rotary(site) if self.rotary else None
         if found is None or not pays(found, self.context.device):
             return None
         # Stock operators rotate in a dozen launches, Inductor in one loop.
-        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in plain.picks)
-        if not generated or not self.context.fuel.take():
-            return None
-        return found, self.chooser.plan(replace(plain.spec, rotary=found.style, rotary_dim=found.dim), shape)
+        generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in choice.picks)
+        return found if generated and self.context.fuel.take() else None
 
     def _attend_shared(
         self,
@@ -332,9 +334,7 @@ class AttentionLowering:
         name = choice.pick(shape.tokens).implementation
         switches = tuple((limit, candidate.key()) for limit, candidate in choice.picks)
         predicted = self.chooser.predicted_ms(choice, shape)
-        rotary = choice.spec.rotary != "none"
-        lowered = LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted)
-        self.sites.append(replace(lowered, rotary=rotary))
+        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted))
         reason = unsupported(choice.spec, self.context.device.type)
         if reason is not None:
             self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))

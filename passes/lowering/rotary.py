@@ -10,8 +10,23 @@ from torch.fx import Node
 from torchaccel.kernels.cpp.fused import MAX_ROWS
 
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.graph.nodes import argument, arguments, dtype, op_name, same_shape, same_size, shape, sizes
+from torchaccel.graph.nodes import (
+    argument,
+    arguments,
+    dtype,
+    hint,
+    op_name,
+    same_shape,
+    same_size,
+    shape,
+    sizes,
+    writes_in_place,
+)
 from torchaccel.graph.rotary import Rotation, rotation_of
+
+# New tokens of all sequences up to which a loop of its own costs more than rotating here: with it, a call for 4 tokens
+# was 3.4 us faster, for 16 tokens 2.2 us, for 64 0.4 us slower (12 and 4 heads of 64, two threads of one EPYC core).
+MOST_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,9 @@ def find_rotary(site: AttentionSite) -> Rotary | None:
     cos, sin = _table(q, q.cos), _table(q, q.sin)
     if cos is None or sin is None or (cos, sin) != (_table(k, k.cos), _table(k, k.sin)) or dtype(cos) != dtype(sin):
         return None
+    # They are read later than before.
+    if any(writes_in_place(user) for read in (q.x, k.x, cos, sin) for user in read.users):
+        return None
     return Rotary(q.x, k.x, cos, sin, q.style, q.dim)
 
 
@@ -52,7 +70,8 @@ def pays(found: Rotary, device: torch.device) -> bool:
     if device.type != "cpu":
         return one  # of many tokens one launch may not append all
     # One token of a few sequences is rotated by the fused kernel that projects it, so no launch is saved.
-    return not (one and isinstance(batch, int) and batch <= MAX_ROWS)
+    fused = one and isinstance(batch, int) and batch <= MAX_ROWS
+    return not fused and (hint(batch) or 1) * (hint(tokens) or 1) <= MOST_TOKENS
 
 
 def _table(rotation: Rotation, table: Node) -> Node | None:

@@ -66,12 +66,12 @@ class Terms:
 
 def work_of(spec: Spec, candidate: Candidate) -> Work:
     """The work of a candidate, in the symbols of ``cost.symbols``."""
-    return work(*_key(spec, candidate))
+    return work(kernel_name(spec), candidate.implementation, candidate.config, _is_quantised(spec))
 
 
 def amounts(spec: Spec, candidate: Candidate, shape: Shape, processors: int) -> Amounts:
     """The work of a candidate for a call of ``shape`` on so many processors; raises ``TypeError`` for a wrong shape."""
-    evaluate = _compiled(*_key(spec, candidate))
+    evaluate = _compiled(kernel_name(spec), candidate.implementation, candidate.config, _is_quantised(spec))
     if isinstance(spec, LinearSpec) and isinstance(shape, LinearShape):
         return Amounts(*evaluate(*linear_values(DTYPES[spec.dtype].itemsize, shape, processors)))
     if isinstance(spec, AttentionSpec) and isinstance(shape, AttentionShape):
@@ -113,13 +113,8 @@ def predict_ms(
     return terms(spec, candidate, shape, facts).milliseconds(known.of(spec, candidate, facts.kind))
 
 
-def _key(spec: Spec, candidate: Candidate) -> tuple[Any, ...]:
-    """The arguments of ``work`` for a spec and a candidate."""
-    quantised = rotary = False
-    if isinstance(spec, AttentionSpec):
-        quantised = spec.key_format.is_quantised or spec.value_format.is_quantised
-        rotary = spec.rotary != "none"
-    return kernel_name(spec), candidate.implementation, candidate.config, quantised, rotary
+def _is_quantised(spec: Spec) -> bool:
+    return isinstance(spec, AttentionSpec) and (spec.key_format.is_quantised or spec.value_format.is_quantised)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -38,8 +38,6 @@ CPP_TILE, CPP_MIN_TILES = 64, 8
 CPP_ROWS, CPP_BLOCK = 32, 48
 # Operators of which stock attention consists: sdpa with its mask, one dequantisation, the reference.
 COMPOSED_OPERATORS, DEQUANTISE_OPERATORS, REFERENCE_OPERATORS = 12, 16, 25
-# Operators that rotate queries and keys where no generated kernel does it on the way.
-ROTARY_OPERATORS = 18
 # Rows of queries that one task of stock attention takes.
 SDPA_ROWS = 32
 TRITON_ROWS = 16
@@ -77,12 +75,8 @@ class Work:
 
 
 @lru_cache(maxsize=256)
-def work(
-    kernel: str, implementation: str, config: tuple[tuple[str, int | str], ...], quantised: bool, rotary: bool = False
-) -> Work:
+def work(kernel: str, implementation: str, config: tuple[tuple[str, int | str], ...], quantised: bool) -> Work:
     """The work of an implementation of a kernel with the free choices ``config``.
-
-    rotary: queries and new keys are rotated first. Generated kernels do so with what they have loaded anyway.
 
     Raises ``ValueError`` for a kernel or an implementation that has no formulas.
     """
@@ -102,10 +96,7 @@ def work(
     if maker is None:
         known = ", ".join(f"{name} by {by}" for name, by in makers)
         raise ValueError(f"no formulas for {kernel} by {implementation}; there are those of {known}")
-    found = maker(dict(config), quantised)
-    if rotary and implementation in ("composed", "reference"):
-        return replace(found, launches=found.launches + ROTARY_OPERATORS)
-    return found
+    return maker(dict(config), quantised)
 
 
 # Work of nothing but one launch: what a formula leaves out.

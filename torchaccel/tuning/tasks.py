@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def _task(operator: str, node: Node, tokens: int | None) -> Task | None:
     appends = operator in ("torchaccel::attend", "torchaccel::attend_rotary")
     if not appends and operator not in ("torchaccel::attend_static", "torchaccel::attend_prompt"):
         return None
-    attention = read_attention(str(node.args[-1]))
+    # The compiler chooses without regard to rotary embedding: all candidates do the same for it.
+    attention = replace(read_attention(str(node.args[-1])), rotary="none", rotary_dim=0)
     queries, keys = _shape(node.args[0]), _shape(node.args[1])
     stored = tokens if tokens is not None or appends else keys[2]
     if stored is None:

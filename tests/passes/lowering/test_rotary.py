@@ -46,7 +46,14 @@ def test_many_sequences_are_rotated_in_attention(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "batch", "rotates"),
-    [("decode", 2, False), ("decode", MANY, True), ("extend", 1, True), ("static", 2, False)],
+    [
+        ("decode", 2, False),
+        ("decode", MANY, True),
+        ("decode", 33, False),
+        ("extend", 1, True),
+        ("extend", 12, False),
+        ("static", 2, False),
+    ],
 )
 def test_where_it_pays(phase: str, batch: int, rotates: bool) -> None:
     found = capture_phase(build("llama", layers=1), phase, batch=batch)
@@ -97,13 +104,23 @@ class TwoAngles(Attention):
         return super().rotate(q, k, cos, sin)[0], super().rotate(q, k, sin, cos)[1]
 
 
+class WrittenLater(Attention):
+    """The queries are changed in place once they are rotated."""
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        found = super().rotate(q, k, cos, sin)
+        q.mul_(2.0)
+        return found
+
+
 class OnlyQueries(Attention):
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return super().rotate(q, k, cos, sin)[0], k
 
 
 @pytest.mark.parametrize(
-    ("model", "rotates"), [(Attention, True), (ReadTwice, False), (TwoAngles, False), (OnlyQueries, False)]
+    ("model", "rotates"),
+    [(Attention, True), (ReadTwice, False), (TwoAngles, False), (WrittenLater, False), (OnlyQueries, False)],
 )
 def test_what_does_not_match_stays_as_it_was(model: type[Attention], rotates: bool) -> None:
     torch.manual_seed(0)
