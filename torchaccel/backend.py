@@ -196,7 +196,21 @@ def _dense_examples(gm: GraphModule, inputs: list[Any]) -> list[Any]:
     """The inputs, with the fake dense tensor (symbolic length and all) in place of each logical KV tensor."""
     nodes = gm.graph.find_nodes(op="placeholder")
     fakes = [node.meta.get("example_value") for node in nodes]
-    return [fake.dense() if isinstance(fake, LogicalKV) else value for fake, value in zip(fakes, inputs, strict=True)]
+    return [
+        fake.dense() if isinstance(fake, LogicalKV) else _by_present_name(value)
+        for fake, value in zip(fakes, inputs, strict=True)
+    ]
+
+
+def _by_present_name(value: Any) -> Any:
+    """A symbolic number under the symbol that stands for it now.
+
+    Symbols that turned out to be equal are one, but Inductor binds an input to the one it was made with: with the
+    logical KV tensors, which brought the other along, it would be gone.
+    """
+    if not isinstance(value, torch.SymInt) or not value.node.expr.is_Symbol or value.node._expr == value.node.expr:
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def _device(inputs: list[Any]) -> torch.device:

@@ -82,12 +82,10 @@ class Signature:
         kept = [i for i in range(len(self.results)) if i not in self._removed]
         self.graph.output_node().args = (tuple([self.results[i] for i in kept] + self._extra),)
         remove_dead_code(self.graph)
-        read = [node for node in self.placeholders if node.users or not _cache_or_length(node)]
-        needed = _undefined(read)
         alive = []
         for index, node in enumerate(self.placeholders):
             # Lengths are data now: without readers they would only add guards and arguments.
-            if node in read or _symbol(node) in needed:
+            if node.users or not _cache_or_length(node):
                 alive.append(index)
             else:
                 self.graph.erase_node(node)
@@ -98,27 +96,6 @@ class Signature:
             tuple(kept + [len(self.results) + i for i in range(len(self._extra))]),
             len(self.results),
         )
-
-
-def _undefined(nodes: list[Node]) -> set[Any]:
-    """Symbols in sizes and strides of tensors of which none has the symbol itself as a size: Inductor must be told."""
-    values = [node.meta.get("example_value") for node in nodes]
-    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
-    steps = [
-        step
-        for value in values
-        if isinstance(value, Tensor) and value.layout == torch.strided
-        for step in value.stride()
-    ]
-    found = {
-        symbol for size in (*sizes, *steps) if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols
-    }
-    return found - {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
-
-
-def _symbol(node: Node) -> Any:
-    value = node.meta.get("example_value")
-    return value.node.expr if isinstance(value, torch.SymInt) else None
 
 
 def _cache_or_length(node: Node) -> bool:

@@ -147,3 +147,20 @@ def test_half_models_stay_as_close_to_float32_as_eager(dtype):
             found.append(model(token, past_key_values=cache, use_cache=True).logits.float())
     reference, theirs, ours = found
     assert (ours - reference).norm() <= 1.5 * (theirs - reference).norm() + 1e-3
+
+
+def test_lengths_that_turn_out_to_be_equal_are_still_known_to_the_graph():
+    """Lengths of two caches that are one symbol in the end: the input that names it may be one that is gone."""
+    eager, fast = compiled("gemma2", num_hidden_layers=2)
+    inputs = prompt(1, 5)
+    assert torch.equal(greedy(fast, inputs, 10), greedy(eager, inputs, 10))
+    eager, fast = compiled("mistral", sliding_window=150)
+    ids = prompt(3, 140)["input_ids"]
+    with torch.no_grad():
+        theirs, ours = DynamicCache(config=eager.config), DynamicCache(config=eager.config)
+        eager(ids, past_key_values=theirs, use_cache=True)
+        fast(ids, past_key_values=ours, use_cache=True)
+        token, mask = prompt(3, 1)["input_ids"], torch.ones(3, 141)
+        expected = eager(token, attention_mask=mask, past_key_values=theirs, use_cache=True).logits
+        got = fast(token, attention_mask=mask, past_key_values=ours, use_cache=True).logits
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
