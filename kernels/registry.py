@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import fused_reference, kv_format, reference, selection_reference
+from . import fused_reference, kv_format, reference, rotation, selection_reference
 from .candidates import Candidate, build
 from .fused_spec import FusedSpec
 from .plan import Plan
@@ -100,7 +100,8 @@ def _module(name: str, spec: Any, device: str) -> tuple[Any, str | None]:
 @lru_cache(maxsize=4096)
 def attend(plan: str) -> Callable[..., Any]:
     """The callable of a decode ``Plan`` by its key: the pick for the number of tokens that are stored at the call."""
-    picks = [(limit, realise(Plan.from_key(plan).spec, candidate)) for limit, candidate in Plan.from_key(plan).picks]
+    spec = Plan.from_key(plan).spec
+    picks = [(limit, _decode(spec, candidate)) for limit, candidate in Plan.from_key(plan).picks]
     if len(picks) == 1:
         return picks[0][1]
 
@@ -110,6 +111,13 @@ def attend(plan: str) -> Callable[..., Any]:
         return pick(q, k_new, v_new, k_buf, v_buf, lens, *rest)
 
     return run
+
+
+def _decode(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:
+    """A candidate as models call it: caches whose codebook is for rotated tokens hold such ones."""
+    run = realise(spec, candidate)
+    formats = spec.key_format, spec.value_format
+    return rotation.rotated(run, *formats) if any(fmt.codebook == "gaussian" for fmt in formats) else run
 
 
 @lru_cache(maxsize=4096)

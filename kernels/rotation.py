@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .spec import KVFormat
+
 
 @lru_cache(maxsize=64)
 def rotation(head_dim: int, seed: int = 0) -> Tensor:
@@ -36,20 +38,30 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
     return (x.float() @ matrix.mT.to(x.device)).to(x.dtype)
 
 
-def rotated(attend: Callable[..., Any], keys: Tensor, values: Tensor) -> Callable[..., Any]:
+def stored(fmt: KVFormat, tokens: Tensor) -> Tensor:
+    """Tokens ``[..., D]`` as a cache of ``fmt`` holds them: turned, where its codebook is for turned ones."""
+    return rotate(tokens, rotation(fmt.head_dim)) if fmt.codebook == "gaussian" else tokens
+
+
+def restored(fmt: KVFormat, tokens: Tensor) -> Tensor:
+    """What ``stored`` made of ``tokens`` turned back."""
+    return rotate(tokens, rotation(fmt.head_dim).mT) if fmt.codebook == "gaussian" else tokens
+
+
+def rotated(attend: Callable[..., Any], keys: KVFormat, values: KVFormat) -> Callable[..., Any]:
     """Decode attention over a cache of rotated tokens, with the arguments and results of ``attend`` over plain ones.
 
-    attend: any implementation of ``reference.decode_attention``, without its spec. keys, values: float32 ``[D, D]``,
-    the rotations of what is stored. q and k_new are turned by that of the keys, v_new by that of the values, and the
-    result back: attention is linear in the values, so nothing that is read from the cache needs to be turned.
+    attend: any implementation of ``reference.decode_attention``, without its spec. keys, values: the formats, which say
+    what is rotated. q and k_new are turned with the keys, v_new with the values, and the result back: attention is
+    linear in the values, so nothing that is read from the cache needs to be turned.
     """
 
     def run(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, *rest: Any) -> Any:
-        k_new = None if k_new is None else rotate(k_new, keys)
-        v_new = None if v_new is None else rotate(v_new, values)
-        got = attend(rotate(q, keys), k_new, v_new, *rest)
+        k_new = None if k_new is None else stored(keys, k_new)
+        v_new = None if v_new is None else stored(values, v_new)
+        got = attend(stored(keys, q), k_new, v_new, *rest)
         out, *sides = got if isinstance(got, tuple) else (got,)
-        out = rotate(out, values.mT)
+        out = restored(values, out)
         return (out, *sides) if sides else out
 
     return run

@@ -1,6 +1,8 @@
 """The methods of the kv_compression family: one file each, listed here."""
 
 from .critic import Critic
+from .expected_attention import ExpectedAttention
+from .gear import Gear
 from .h2o import H2O
 from .int2 import Int2
 from .int4 import Int4
@@ -11,15 +13,19 @@ from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
+from .turboquant import TurboQuant
 
 METHODS = (
     Int8,
     Int4,
     Int2,
+    Gear,
+    TurboQuant,
     StreamingLLMCache,
     H2O,
     SnapKV,
     PyramidKV,
+    ExpectedAttention,
     Tova,
     LazyEviction,
     Critic,

@@ -30,7 +30,7 @@ class QuantisingMethod(LayerwiseMethod):
     family = "kv_compression"
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
-    kind: ClassVar[Literal["int8", "int4", "int2"]]
+    kind: ClassVar[Literal["int8", "int4", "int2"]] = "int8"
 
     def refuse(self, site: AttentionSite) -> Decline | None:
         if site.key_cache.kind == "static":

@@ -6,14 +6,18 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.graph.nodes import CASTS, dtype, op_name
 from torchaccel.graph.propagate import annotate
+from torchaccel.graph.rotary import rotation_of
 from torchaccel.runtime.bindings import PromptBinding
 from torchaccel.runtime.eviction import Eviction
 
 ALL = slice(None)
+LAST_TWO = (Ellipsis, slice(-2, None), ALL)
 
 
 def prompt_outputs(
@@ -33,13 +37,32 @@ def prompt_outputs(
             graph, site.q, (ALL, ALL, slice(-policy.last_queries, None) if policy.last_queries else slice(0, 0))
         )
         mask = None if site.mask is None else _slice(graph, site.mask, (ALL, slice(0, 1), slice(-1, None)))
+        rotation = rotation_of(site.q) if policy.unrotated else None
+        # The last two positions: what a position adds to the angles is their difference.
+        tables = (
+            [_slice(graph, _precise(table), LAST_TWO) for table in (rotation.cos, rotation.sin)] if rotation else []
+        )
+    plain = (rotation.x if rotation else site.q) if policy.unrotated else None
     return PromptBinding(
         extra_output(last),
         None if mass is None else extra_output(mass),
         None if mask is None else extra_output(mask),
         float(site.scale),
         *layer,
+        None if plain is None else extra_output(plain),
+        (extra_output(tables[0]), extra_output(tables[1])) if tables else None,
+        rotation.style if rotation else "half",
     )
+
+
+def _precise(table: Node) -> Node:
+    """The table ``[.., S, R]`` before it was rounded to the model's dtype: differences of angles are small."""
+    node = table
+    while op_name(node) in (*CASTS, "unsqueeze", "getitem") and isinstance(node.args[0], Node):
+        node = node.args[0]
+        if dtype(node) == torch.float32 and dtype(table) != torch.float32:
+            return node
+    return table
 
 
 def _slice(graph: Graph, node: Node, index: tuple[Any, ...]) -> Node:

@@ -33,7 +33,9 @@ def compiled(family: str, **arguments: Any) -> tuple[Any, Any]:
 
     These models are so small that hardly a lossy method pays for them: it is applied all the same.
     """
-    options = {"gate": False, **arguments.pop("options", {})}
+    options = arguments.pop("options", {})
+    if options.keys() & {"kv_compression", "sparse_attention"}:
+        options = {"gate": False, **options}
     return build(family, **arguments), torchaccel.compile(build(family, **arguments), **options)
 
 

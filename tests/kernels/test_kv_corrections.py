@@ -121,9 +121,8 @@ def test_rotations_are_orthogonal_deterministic_and_make_codes_better(dim: int) 
 
 def test_attention_over_rotated_tokens_is_that_over_plain_ones() -> None:
     torch.manual_seed(0)
-    dense = KVFormat("dense", "float32", 42)
+    dense, turns = KVFormat("dense", "float32", 42), KVFormat("int4", "float32", 42, codebook="gaussian")
     spec = AttentionSpec("decode", 42, 3, "float32", dense, dense, 42**-0.5, lse=True)
-    keys, values = rotation.rotation(42, 1), rotation.rotation(42, 2)
     k, v = torch.randn(2, 2, 20, 42), torch.randn(2, 2, 20, 42)
     q, k_new, v_new = torch.randn(2, 6, 1, 42), torch.randn(2, 2, 1, 42), torch.randn(2, 2, 1, 42)
 
@@ -131,8 +130,10 @@ def test_attention_over_rotated_tokens_is_that_over_plain_ones() -> None:
         return reference.decode_attention(spec, *args)
 
     want = plain(q, k_new, v_new, k.clone(), v.clone(), torch.tensor([0, 9, 9]), None, None)
-    turned = rotation.rotate(k, keys), rotation.rotate(v, values)
-    got = rotation.rotated(plain, keys, values)(q, k_new, v_new, *turned, torch.tensor([0, 9, 9]), None, None)
+    turned = rotation.stored(turns, k), rotation.stored(turns, v)
+    assert not torch.allclose(turned[0], k)
+    torch.testing.assert_close(rotation.restored(turns, turned[0]), k)
+    got = rotation.rotated(plain, turns, turns)(q, k_new, v_new, *turned, torch.tensor([0, 9, 9]), None, None)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -82,8 +82,8 @@ def test_matches_the_reference(name: str, length: int, new: int) -> None:
     case = inputs(SPECS[name], batch=2, length=length, new=new)
     if case.spec.positions:
         case.lens[2] = 2 * length + 5
-        case.positions = torch.full((2, length + 200), -7, dtype=torch.int32)
-        case.positions[:, :length] = torch.randperm(2 * length + 5)[:length].sort().values.int()
+        case.positions = torch.full((2, 1, length + 200), -7, dtype=torch.int32)
+        case.positions[..., :length] = torch.randperm(2 * length + 5)[:length].sort().values.int()
     case.mask = random_mask(case.spec, 2, 1, new, int(case.lens[2]) + new)
     for rows, dtype in ((1, torch.float32), (2, torch.bfloat16)):
         assert_rotates(case, *tables(case.spec, rows, new, dtype), stored=length + new)

@@ -16,7 +16,17 @@ from .symbols import visible_pairs
 Method = Mapping[str, Any]
 Methods = Mapping[str, Method | Sequence[Method]]
 
-EVICTING = ("streaming_llm", "h2o", "snapkv", "pyramidkv", "tova", "lazy_eviction", "critic", "loopserve")
+EVICTING = (
+    "streaming_llm",
+    "h2o",
+    "snapkv",
+    "pyramidkv",
+    "expected_attention",
+    "tova",
+    "lazy_eviction",
+    "critic",
+    "loopserve",
+)
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),

@@ -59,8 +59,8 @@ class AppendBinding:
 class PromptBinding:
     """What a policy that evicts tokens wants of a prompt, as positions among the graph's results.
 
-    queries_output: the last queries ``[B, H, w, D]``. mass_output: see ``eviction.Prompt.mass``. mask_output: the
-    mask's last row, None when nothing is masked.
+    queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs: see
+    ``eviction.Prompt``. mask_output: the mask's last row, None when nothing is masked.
     """
 
     queries_output: int
@@ -69,6 +69,9 @@ class PromptBinding:
     scale: float
     layer: int
     layers: int
+    plain_output: int | None = None
+    table_outputs: tuple[int, int] | None = None
+    pairs: str = "half"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def store_prompt(
     """
     policy = layouts[0].eviction
     assert policy is not None
+    tables = binding.table_outputs
     prompt = Prompt(
         queries=results[binding.queries_output],
         keys=keys,
@@ -38,6 +39,9 @@ def store_prompt(
         layer=binding.layer,
         layers=binding.layers,
         token_bytes=keys.shape[1] * sum(layout.format.token_bytes for layout in layouts),
+        plain_queries=None if binding.plain_output is None else results[binding.plain_output],
+        tables=None if tables is None else (results[tables[0]], results[tables[1]]),
+        pairs=binding.pairs,
     )
     kept = policy.keep(prompt)
     where = kept[..., None].expand(-1, -1, -1, keys.shape[3])

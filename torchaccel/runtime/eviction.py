@@ -40,7 +40,9 @@ class Prompt:
     queries: ``[B, H, w, D]``, those of the last w tokens, after rotary embedding. keys, values: ``[B, H_kv, S, D]``.
     mass: float32 ``[B, H_kv, S]``, attention each token received, summed over queries and the group's heads; None
     unless the policy asks for it. valid: bool ``[B, S]``, False for padding. scale: of q . k. layer, layers: which one
-    of how many. token_bytes: stored bytes of a token.
+    of how many. token_bytes: stored bytes of a token. plain_queries: ``[B, H, S, D]``, before rotary embedding, where
+    the policy asks for them; tables: cosine and sine of its last two positions ``[B | 1, .., 2, R]``, None without it;
+    pairs: the channels that rotate together, "half" or "interleaved".
     """
 
     queries: Tensor
@@ -52,6 +54,31 @@ class Prompt:
     layer: int
     layers: int
     token_bytes: float
+    plain_queries: Tensor | None = None
+    tables: tuple[Tensor, Tensor] | None = None
+    pairs: str = "half"
+
+    def mean_rotation(self, future: int) -> Tensor | None:
+        """The rotary embedding of the ``future`` positions behind the prompt, averaged: float32 ``[B | 1, 1, D, D]``.
+
+        None where the model has none. What a position adds to the angles is read off the prompt's last two.
+        """
+        if self.tables is None:
+            return None
+        cos, sin = (table.double().flatten(1, -2) for table in self.tables)
+        half = cos.shape[-1] // 2
+        pick = slice(None, half) if self.pairs == "half" else slice(None, None, 2)
+        turns = torch.complex(cos[..., pick], sin[..., pick])
+        last, step = turns[:, -1], torch.angle(turns[:, -1] * turns[:, -2].conj())
+        ahead = torch.arange(1, future + 1, device=step.device, dtype=torch.float64)
+        mean = last * torch.polar(torch.ones_like(step[..., None]), step[..., None] * ahead).mean(-1)
+        matrix = torch.eye(self.keys.shape[3], device=step.device, dtype=torch.float64).repeat(mean.shape[0], 1, 1)
+        first = torch.arange(half, device=step.device)
+        first, second = (first, first + half) if self.pairs == "half" else (2 * first, 2 * first + 1)
+        matrix[:, first, first] = matrix[:, second, second] = mean.real
+        matrix[:, second, first] = mean.imag
+        matrix[:, first, second] = -mean.imag
+        return matrix.float()[:, None]
 
     def window_attention(self, first: int = 0, last: int | None = None) -> Tensor:
         """Attention of queries ``first .. last`` over the prompt: float32 ``[B, H, n, S]``, rows of padding zero."""
@@ -93,7 +120,7 @@ class Eviction:
 
     The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
     last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
-    receive is. grows: nothing is evicted after the prompt.
+    receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
     """
 
     budget: Budget
@@ -101,6 +128,7 @@ class Eviction:
     prompt_mass: bool = False
     step_mass: bool = False
     grows: bool = True
+    unrotated: bool = False
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""

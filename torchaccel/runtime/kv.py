@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from torchaccel.errors import EvictedTokensError
+from torchaccel.kernels import rotation
 from torchaccel.kernels.spec import DTYPES
 
 from .prefix import flatten, moved, read, take_rows
@@ -118,7 +119,8 @@ class LogicalKV(Tensor):
                 f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.pruned else ''}); pass this "
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
-        return read(live(self), self.start, self.end, self.age)
+        tokens = read(live(self), self.start, self.end, self.age)
+        return rotation.restored(self.kv_layout.format, tokens)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchaccel.kernels import kv_format, registry
+from torchaccel.kernels import kv_format, registry, rotation
 from torchaccel.kernels.spec import KVFormat
 
 from .eviction import Eviction, EvictionRecord
@@ -220,7 +220,7 @@ def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None
     batch, heads, n, _ = tokens.shape
     buf = kv_format.allocate(layout.format, batch, heads, grown(n), tokens.device)
     # Quantising 32k tokens of 4 heads takes 6 ms here, and 92-180 ms operator by operator.
-    registry.append(layout.format, buf.device.type).run(buf, 0, tokens)
+    registry.append(layout.format, buf.device.type).run(buf, 0, rotation.stored(layout.format, tokens))
     slots = None
     if layout.positions:
         room = kv_format.capacity(layout.format, buf)

@@ -67,7 +67,7 @@ class Problem:
         spec = AttentionSpec("prefill", q.shape[3], q.shape[1] // k.shape[1], "float32", dense, dense, self.scale)
         columns = torch.arange(k.shape[2], device=q.device)
         queries = columns[-q.shape[2] :]
-        wide = columns.expand(q.shape[0], -1)
+        wide = columns.expand(q.shape[0], 1, -1)
         return reference.attend(replace(spec, causal=self.causal), q.float(), k, v, wide, queries, None).out
 
     def error(self, result: Tensor, truth: Tensor) -> float:
