@@ -16,8 +16,8 @@ from .evicting import EvictingMethod, EvictingOptions
 
 class ExpectedAttentionOptions(EvictingOptions):
     """future: positions behind the prompt over which the rotary embedding is averaged. sinks: first tokens that stay.
-    covariance: whether the spread of queries counts, or their mean alone. value_norm: whether a token counts for as much
-    as its value is long. epsilon: attention that every token has at least, before that.
+    covariance: whether the spread of queries counts, or their mean alone. value_norm: whether tokens count for as much
+    as their values are long. epsilon: attention that every token has at least, before that.
     """
 
     default_budget: ClassVar[Budget] = Budget(ratio=0.5)
