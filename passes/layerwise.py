@@ -26,6 +26,18 @@ class LayerwiseOptions(MethodOptions):
         return {layer % count for layer in self.layers}
 
 
+def refuse_cache(site: AttentionSite, *, sliding: bool) -> Decline | None:
+    """Why a site is no causal self-attention over a growing cache; ``sliding``: whether one with a window is one."""
+    kind = site.key_cache.kind
+    if kind == "static":
+        return Decline(site.name, Reason.STATIC_CACHE)
+    if kind not in ("fresh", "concatenated", "sliced"):
+        return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}")
+    if not sliding and (kind == "sliced" or site.key_cache.window is not None):
+        return Decline(site.name, Reason.SLIDING_WINDOW)
+    return None
+
+
 class LayerwiseMethod(Method):
     """Subclasses say which sites they refuse, and what becomes of the others."""
 

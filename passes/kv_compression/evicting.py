@@ -9,8 +9,8 @@ from pydantic import Field, computed_field, model_validator
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.eviction import Budget, Eviction
 
-from ..base import Decline, Fidelity, Reason, SitePlan
-from ..layerwise import LayerwiseMethod, LayerwiseOptions
+from ..base import Decline, Fidelity, SitePlan
+from ..layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
 
 class EvictingOptions(LayerwiseOptions):
@@ -46,14 +46,7 @@ class EvictingMethod(LayerwiseMethod):
     phases = frozenset({"prefill", "extend", "decode"})
 
     def refuse(self, site: AttentionSite) -> Decline | None:
-        kind = site.key_cache.kind
-        if kind == "static":
-            return Decline(site.name, Reason.STATIC_CACHE)
-        if kind not in ("fresh", "concatenated", "sliced"):
-            return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}")
-        if kind == "sliced" or site.key_cache.window is not None:
-            return Decline(site.name, Reason.SLIDING_WINDOW)
-        return None
+        return refuse_cache(site, sliding=False)
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         plan.eviction = self.policy()

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from torchaccel.runtime.eviction import Budget, Eviction, Prompt, State, Step, best, newest_first
+from torchaccel.runtime.eviction import Budget, LateEviction, Prompt, State, Step, best, newest_first
 
 from .evicting import EvictingMethod, EvictingOptions
 
@@ -28,7 +28,7 @@ class LazyEvictionOptions(EvictingOptions):
 
 
 @dataclass(frozen=True)
-class LazyEvictionPolicy(Eviction):
+class LazyEvictionPolicy(LateEviction):
     """Remembers of each token when it was last active, and the longest silence it came back from."""
 
     budget: Budget
@@ -39,16 +39,9 @@ class LazyEvictionPolicy(Eviction):
     step_mass: bool = True
     grows: bool = False
 
-    def keep(self, prompt: Prompt) -> Tensor:
-        """The whole prompt: what matters shows while decoding."""
-        return torch.arange(prompt.keys.shape[2], device=prompt.keys.device).expand(*prompt.keys.shape[:2], -1)
-
     def state(self, prompt: Prompt, kept: Tensor) -> State:
-        early = (prompt.valid.int().cumsum(-1) <= self.sinks) & prompt.valid
         zeros = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
-        safe = early[:, None].expand_as(zeros).float()
-        padding = (~prompt.valid)[:, None].expand_as(zeros).float()
-        return {"last": zeros, "recurrence": zeros.clone(), "safe": safe, "padding": padding}
+        return {"last": zeros, "recurrence": zeros.clone(), **self.marks(prompt, kept)}
 
     def observe(self, state: State, step: Step) -> None:
         assert step.mass is not None

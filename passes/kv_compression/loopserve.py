@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from torchaccel.runtime.eviction import Budget, Eviction, Prompt, State, Step, best
+from torchaccel.runtime.eviction import Budget, LateEviction, Prompt, State, Step, best
 
 from .evicting import EvictingMethod, EvictingOptions
 
@@ -24,7 +24,7 @@ class LoopServeOptions(EvictingOptions):
 
 
 @dataclass(frozen=True)
-class LoopServePolicy(Eviction):
+class LoopServePolicy(LateEviction):
     """Adds up the attention of the last ``interval`` calls; the budget is for the prompt, what is generated stays."""
 
     budget: Budget
@@ -33,20 +33,9 @@ class LoopServePolicy(Eviction):
     step_mass: bool = True
     grows: bool = False
 
-    def keep(self, prompt: Prompt) -> Tensor:
-        """The whole prompt: nothing has been generated yet."""
-        return torch.arange(prompt.keys.shape[2], device=prompt.keys.device).expand(*prompt.keys.shape[:2], -1)
-
     def state(self, prompt: Prompt, kept: Tensor) -> State:
-        early = (prompt.valid.int().cumsum(-1) <= self.sinks) & prompt.valid
         zeros = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
-        padding = (~prompt.valid)[:, None].expand_as(zeros).float()
-        return {
-            "votes": zeros,
-            "prompt": torch.ones_like(zeros),
-            "safe": early[:, None].expand_as(zeros).float(),
-            "padding": padding,
-        }
+        return {"votes": zeros, "prompt": torch.ones_like(zeros), **self.marks(prompt, kept)}
 
     def observe(self, state: State, step: Step) -> None:
         assert step.mass is not None

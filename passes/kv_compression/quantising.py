@@ -10,7 +10,7 @@ from torchaccel.kernels.spec import KVFormat, dtype_name
 from torchaccel.graph.anatomy import AttentionSite
 
 from ..base import Decline, Fidelity, Reason, SitePlan
-from ..layerwise import LayerwiseMethod, LayerwiseOptions
+from ..layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
 # Tokens that are quantised together; a tail of up to as many stays in full precision until it is full.
 BLOCK = 64
@@ -33,13 +33,10 @@ class QuantisingMethod(LayerwiseMethod):
     kind: ClassVar[Literal["int8", "int4", "int2"]] = "int8"
 
     def refuse(self, site: AttentionSite) -> Decline | None:
-        if site.key_cache.kind == "static":
-            return Decline(site.name, Reason.STATIC_CACHE)
-        if site.key_cache.kind not in ("fresh", "concatenated", "sliced"):
-            return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {site.key_cache.kind}")
-        if site.head_dim % 8:
-            return Decline(site.name, Reason.KERNEL_UNSUPPORTED, f"head_dim {site.head_dim} % 8 != 0")
-        return None
+        problem = refuse_cache(site, sliding=True)
+        if problem is None and site.head_dim % 8:
+            problem = Decline(site.name, Reason.KERNEL_UNSUPPORTED, f"head_dim {site.head_dim} % 8 != 0")
+        return problem
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         plan.formats = self.formats(dtype_name(site.dtype), site.head_dim)

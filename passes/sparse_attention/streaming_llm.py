@@ -6,8 +6,8 @@ from pydantic import Field
 
 from torchaccel.graph.anatomy import AttentionSite
 
-from ..base import Decline, Fidelity, Reason, SitePlan
-from ..layerwise import LayerwiseMethod, LayerwiseOptions
+from ..base import Decline, Fidelity, SitePlan
+from ..layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
 
 class StreamingLLMOptions(LayerwiseOptions):
@@ -35,14 +35,7 @@ class StreamingLLM(LayerwiseMethod):
     options: StreamingLLMOptions
 
     def refuse(self, site: AttentionSite) -> Decline | None:
-        kind = site.key_cache.kind
-        if kind == "static":
-            return Decline(site.name, Reason.STATIC_CACHE)
-        if kind not in ("fresh", "concatenated", "sliced"):
-            return Decline(site.name, Reason.NOT_CAUSAL, f"its cache is {kind}")
-        if kind == "sliced" or site.key_cache.window is not None:
-            return Decline(site.name, Reason.SLIDING_WINDOW)
-        return None
+        return refuse_cache(site, sliding=False)
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         plan.window, plan.sinks = self.options.window, self.options.sinks

@@ -157,6 +157,21 @@ class Eviction:
         return None
 
 
+class LateEviction(Eviction):
+    """A policy that keeps the whole prompt at first: what matters shows while decoding."""
+
+    sinks: int
+
+    def keep(self, prompt: Prompt) -> Tensor:
+        return torch.arange(prompt.keys.shape[2], device=prompt.keys.device).expand(*prompt.keys.shape[:2], -1)
+
+    def marks(self, prompt: Prompt, kept: Tensor) -> State:
+        """Which kept tokens are the first ``sinks`` of their row, and which are padding: 0 or 1, ``[B, H_kv, n]``."""
+        early = (prompt.valid.int().cumsum(-1) <= self.sinks) & prompt.valid
+        parts = {"safe": early, "padding": ~prompt.valid}
+        return {name: x[:, None].expand(-1, kept.shape[1], -1).float() for name, x in parts.items()}
+
+
 def best(scores: Tensor, count: int) -> Tensor:
     """Places of the ``count`` largest scores ``[..., n]``, ascending; of equal scores the earlier places win."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
