@@ -5,7 +5,6 @@ import torch
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
-from torchaccel.cost.devices import device_facts
 
 pytestmark = pytest.mark.usefixtures("known_machine")
 
@@ -13,7 +12,8 @@ pytestmark = pytest.mark.usefixtures("known_machine")
 @pytest.fixture
 def known_machine(monkeypatch, tmp_path):
     """Whatever machine this is, and whatever was measured on it: what a site is worth is predicted for this one."""
-    monkeypatch.setattr("torchaccel.backend.assumed_facts", lambda device: device_facts("avx512_bf16"))
+    monkeypatch.setattr("torchaccel.cost.assumed._instruction_set", lambda: "avx512_bf16")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("TORCHACCEL_CACHE", str(tmp_path / "none.sqlite"))
 
 
