@@ -54,7 +54,7 @@ class Reason(Enum):
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
-    SLOWER = "the cost model predicts no length at which it is faster than the exact site; gate=False keeps it"
+    SLOWER = "the cost model predicts that it is slower than the exact site at every length; gate=False keeps it"
     OUT_OF_FUEL = "TORCHACCEL_FUEL is used up"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, ClassVar
 
-from pydantic import Field, computed_field, model_validator
+from pydantic import Field, model_validator
 
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.eviction import Budget, Eviction
@@ -22,6 +23,15 @@ class EvictingOptions(LayerwiseOptions):
 
     default_budget: ClassVar[Budget] = Budget(ratio=0.5)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_budget(cls, given: Any) -> Any:
+        """The method's own budget where none is given, so that whoever reads the options need not know it."""
+        own = asdict(cls.default_budget)
+        if isinstance(given, dict) and all(given.get(name) is None for name in own):
+            return given | {name: value for name, value in own.items() if value is not None}
+        return given
+
     @model_validator(mode="after")
     def _one_budget(self) -> EvictingOptions:
         given = [name for name in ("tokens", "ratio", "bytes") if getattr(self, name) is not None]
@@ -29,12 +39,9 @@ class EvictingOptions(LayerwiseOptions):
             raise ValueError(f"the budget is one of tokens, ratio and bytes; found {' and '.join(given)}")
         return self
 
-    @computed_field  # type: ignore[prop-decorator]
     @property
     def budget(self) -> Budget:
         """The budget asked for, else the method's own."""
-        if self.tokens is self.ratio is self.bytes is None:
-            return self.default_budget
         return Budget(self.tokens, self.ratio, self.bytes)
 
 

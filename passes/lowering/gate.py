@@ -17,6 +17,10 @@ from .choice import Chooser
 # the numbers in the decline are those of this many tokens.
 TOKENS = 32_768
 
+# Times the exact site's time that a cache of fewer bytes may take: bytes are what it was asked for, and predictions for
+# heads of unusual size are off by a quarter. Without a generated kernel the factor is 5 and more.
+WORTH = 1.5
+
 MakeSpec = Callable[[AttentionSite, SitePlan, str, KVFormat, KVFormat], AttentionSpec]
 
 
@@ -35,20 +39,21 @@ class Gate:
         if not self.enabled or plan.dropped:
             return Judgement(plan, (), "")
 
-        def pays(asked: SitePlan, exact: SitePlan, of: str) -> bool:
+        def pays(asked: SitePlan, exact: SitePlan, of: str, worth: float = 1.0) -> bool:
             shape = AttentionShape(batch, site.kv_heads, TOKENS if of == "prefill" else 1, TOKENS, sites=sites)
             verdict = self.chooser.verdict(self._spec(site, asked, of), self._spec(site, exact, of), shape)
             if verdict is None:
                 return True
             notes.append(verdict.text)
-            if verdict.switch_tokens is None:
-                declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
-            return verdict.switch_tokens is not None
+            if verdict.switch_tokens is not None or verdict.predicted_ms <= worth * verdict.exact_ms:
+                return True
+            declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
+            return False
 
         if plan.formats is not None:
             # A layout is judged by the decode steps that read it, whichever graph makes it.
             whole = replace(plan, window=None, sinks=0)
-            if not pays(whole, replace(whole, formats=None), "decode"):
+            if not pays(whole, replace(whole, formats=None), "decode", WORTH):
                 plan = replace(plan, formats=None)
         if plan.window is not None and not pays(
             plan, replace(plan, window=None, sinks=0), "prefill" if phase == "prefill" else "decode"

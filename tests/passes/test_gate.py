@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchaccel.passes.lowering import gate
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
@@ -21,7 +22,8 @@ def known_machine(monkeypatch, tmp_path):
 SLOWER = {"kv_compression": "int8", "gate": True}
 
 
-def test_a_cache_that_no_length_makes_faster_stays_exact_and_says_so():
+def test_a_cache_that_no_length_makes_faster_stays_exact_and_says_so(monkeypatch):
+    monkeypatch.setattr(gate, "WORTH", 1.0)
     _, fast = compiled("llama", dtype=torch.bfloat16, options=SLOWER)
     inputs = prompt(1, 70)
     with pytest.warns(UserWarning, match=r"left 3 site\(s\) exact.*int8 decode attention.*ms predicted"):
@@ -31,7 +33,8 @@ def test_a_cache_that_no_length_makes_faster_stays_exact_and_says_so():
     assert any("it pays at no length" in line and "gate=False" in line for line in report.declines)
 
 
-def test_strict_raises_instead():
+def test_strict_raises_instead(monkeypatch):
+    monkeypatch.setattr(gate, "WORTH", 1.0)
     _, fast = compiled("llama", dtype=torch.bfloat16, options={**SLOWER, "strict": True})
     with pytest.raises(Exception, match=r"DeclinedError.*it pays at no length"):
         greedy(fast, prompt(1, 70), 2)
@@ -43,6 +46,13 @@ def test_what_pays_is_kept_and_the_report_names_the_length():
     record = torchaccel.report(fast).records[0]
     assert {site.layout for site in record.sites} == {"int8"}
     assert "it pays from" in record.sites[0].gate
+
+
+def test_fewer_bytes_are_worth_some_time():
+    _, fast = compiled("llama", dtype=torch.bfloat16, options={**SLOWER, "strict": True})
+    greedy(fast, prompt(1, 70), 2)
+    record = torchaccel.report(fast).records[0]
+    assert {site.layout for site in record.sites} == {"int8"} and "it pays at no length" in record.sites[0].gate
 
 
 def test_gate_off_keeps_it():

@@ -83,12 +83,11 @@ class Traffic:
         method = self._one("kv_compression", *EVICTING)
         if method is None:
             return tokens
-        budget = method["budget"]
-        if budget["tokens"] is not None:
-            return min(tokens, budget["tokens"])
-        if budget["ratio"] is not None:
-            return max(1, int(tokens * budget["ratio"]))
-        return min(tokens, max(1, int(budget["bytes"] / token_bytes)))
+        if "tokens" in method:
+            return min(tokens, method["tokens"])
+        if "ratio" in method:
+            return max(1, int(tokens * method["ratio"]))
+        return min(tokens, max(1, int(method["bytes"] / token_bytes)))
 
     def visible(self, tokens: int) -> int:
         """How many of ``tokens`` stored ones a new token reads."""

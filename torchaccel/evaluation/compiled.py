@@ -7,7 +7,7 @@ from typing import Any
 
 from .results import Result
 from .runner import Runner
-from .variants import requested
+from .variants import methods_of, requested
 
 
 class Compiled(Runner):
@@ -34,7 +34,7 @@ class Compiled(Runner):
         result.graphs = report.graphs
         result.recompiles = report.recompiles
         result.effective = report.effective
-        missing = [m["method"] for m in asked.values() if m["method"] not in report.effective]
+        missing = [m["method"] for _, m in methods_of(asked) if m["method"] not in report.effective]
         if missing or any(record.declined for record in report.records):
             result.status = "declined"
             why = "; ".join(report.declines) or f"no graph was compiled in which {', '.join(missing)} applies"

@@ -47,7 +47,7 @@ def torchaccel_variants(options: Iterable[Mapping[str, Any]]) -> list[Variant]:
 
 
 def requested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` in canonical form: family -> {"method": name, every parameter}.
+    """``options`` in canonical form: family -> {"method": name, every parameter}, or a list of those.
 
     Raises ``torchaccel.errors.OptionsError`` for what torchaccel does not know.
     """
@@ -57,7 +57,12 @@ def requested(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def method_label(options: Mapping[str, Any]) -> str:
     """The names of the methods in ``options`` joined by "+", or "exact"."""
-    return "+".join(method["method"] for method in requested(options).values()) or "exact"
+    return "+".join(method["method"] for _, method in methods_of(requested(options))) or "exact"
+
+
+def methods_of(asked: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(family, method with its parameters) for every method of canonical options."""
+    return [(family, one) for family, found in asked.items() for one in (found if isinstance(found, list) else [found])]
 
 
 def _what_runs(options: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

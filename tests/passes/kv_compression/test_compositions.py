@@ -7,6 +7,9 @@ import torchaccel
 from tests.e2e.generation import compiled, greedy, phases, prompt
 from tests.passes.kv_compression.masked_reference import masked
 from tests.passes.kv_compression.test_snapkv import SnapKVRule
+from torchaccel.cost.traffic import Traffic
+from torchaccel.evaluation.tasks.sensitivity import one_layer_at_a_time
+from torchaccel.evaluation.variants import method_label, requested
 
 
 def test_eviction_then_quantisation():
@@ -38,3 +41,15 @@ def test_layers_have_methods_of_their_own():
     for record in torchaccel.report(fast).records:
         assert [site.layout for site in record.sites] == ["dense", "dense SnapKVPolicy", "int8"]
     assert phases(fast) == ["prefill", "decode"]
+
+
+def test_several_methods_are_named_and_measured_together():
+    options = {"kv_compression": [{"method": "snapkv", "ratio": 0.5}, "int4"]}
+    assert method_label(options) == "snapkv+int4"
+    asked = requested(options)
+    assert [m["method"] for m in asked["kv_compression"]] == ["snapkv", "int4"] and requested(asked) == asked
+    assert one_layer_at_a_time(options, 2)[1]["kv_compression"][1]["layers"] == [1]
+    traffic = Traffic(asked)
+    assert (
+        traffic.stored(1000, 100.0) == 500 and traffic.formats("bfloat16", 64)[0].kind == "int4" and not traffic.unknown
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...methods import FAMILIES
 from ..arms import Arm
-from ..variants import Variant, requested
+from ..variants import Variant, methods_of, requested
 from .likelihood import reference_logits, score, summarise
 from .run import Run
 
@@ -21,13 +21,19 @@ def one_layer_at_a_time(options: Mapping[str, Any], layers: int) -> list[dict[st
     """
     asked = requested(options)
     layerwise = [m.name for methods in FAMILIES.values() for m in methods if "layers" in m.Options.model_fields]
-    for family, method in asked.items():
+    for family, method in methods_of(asked):
         if method["method"] not in layerwise:
             raise ValueError(
                 f"{family} method {method['method']!r} treats no single layers, so it has no sensitivity by layer; "
                 f"these methods do: {', '.join(layerwise)}"
             )
-    return [{family: method | {"layers": [layer]} for family, method in asked.items()} for layer in range(layers)]
+    found: list[dict[str, Any]] = []
+    for layer in range(layers):
+        alone: dict[str, list[dict[str, Any]]] = {}
+        for family, method in methods_of(asked):
+            alone.setdefault(family, []).append(method | {"layers": [layer]})
+        found.append({family: methods[0] if len(methods) == 1 else methods for family, methods in alone.items()})
+    return found
 
 
 def measure_sensitivity(run: Run, arm: Arm) -> None:
