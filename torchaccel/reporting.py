@@ -126,7 +126,7 @@ class Report:
                 "model.compile(backend='torchaccel'); torch.compile(model) alone does not reach model.generate()"
             )
         stream = io.StringIO()
-        console = Console(file=stream, width=120)
+        console = Console(file=stream, width=120, emoji=False)
         console.print(
             f"torchaccel: {self.graphs} graphs, {self.recompiles} recompiles, {self.compile_seconds:.1f} s compiling"
         )

@@ -36,7 +36,7 @@ def streams(json_out: str | None) -> Iterator[tuple[TextIO, Console]]:
     With ``--json -`` whatever anyone else prints on stdout, native code included, goes to stderr, so that stdout holds
     one document.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if json_out != "-":
         yield sys.stdout, console
         return
@@ -54,7 +54,7 @@ def streams(json_out: str | None) -> Iterator[tuple[TextIO, Console]]:
 
 def results_console(stdout: TextIO) -> Console:
     """A console for tables on ``stdout``: as wide as the terminal, or wide enough for any table where there is none."""
-    return Console(file=stdout, width=None if stdout.isatty() else 160)
+    return Console(file=stdout, width=None if stdout.isatty() else 160, emoji=False)
 
 
 def show(found: dict[str, Any], table: Table, stdout: TextIO) -> None:

@@ -31,7 +31,7 @@ def demo(
     with streams(json_out) as (stdout, console), usage_errors(console), progress_bar(console) as progress:
         case = Case("generate", context, 1, new_tokens, rounds=calls, warmup=1, recall_questions=recall)
         found = run_demo(case, Setup("demo", device, dtype, cold), ["torchaccel", *sys.argv[1:]], progress)
-    out = Console() if json_out != "-" else console
+    out = Console(emoji=False) if json_out != "-" else console
     out.print(f"\nThe prompt: {context} tokens, ending in “…{found.prompt_tail}”", highlight=False)
     out.print(f"Eager answers “{answer_text(found)}”; {found.question.answer} is right.\n", highlight=False)
     out.print(found.table())

@@ -16,7 +16,7 @@ def report(
     html: Annotated[Path, typer.Option("--html", dir_okay=False, help="The page to write.")],
 ) -> None:
     """Results documents as one HTML page of tables, plots and the commands that measure again."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     with usage_errors(console):
         prepare_html(html)
         from ..evaluation.html.documents import read_documents

@@ -41,7 +41,7 @@ class Evaluation:
         return evaluation_table(self.document)
 
     def __str__(self) -> str:
-        console = Console(width=160)
+        console = Console(width=160, emoji=False)
         with console.capture() as captured:
             console.print(self.__rich__())
             for line in notes(self.document):
