@@ -33,19 +33,25 @@ def rotation(head_dim: int, seed: int = 0) -> Tensor:
     return matrix * signs / math.sqrt(head_dim)
 
 
+@lru_cache(maxsize=64)
+def _on(device: torch.device, head_dim: int) -> Tensor:
+    # Every layer of every step asks for it.
+    return rotation(head_dim).to(device)
+
+
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
     """Every token of x ``[..., D]`` turned by ``matrix`` ``[D, D]``: computed in float32, in x's dtype."""
-    return (x.float() @ matrix.mT.to(x.device)).to(x.dtype)
+    return (x.float() @ matrix.mT).to(x.dtype)
 
 
 def stored(fmt: KVFormat, tokens: Tensor) -> Tensor:
     """Tokens ``[..., D]`` as a cache of ``fmt`` holds them: turned, where its codebook is for turned ones."""
-    return rotate(tokens, rotation(fmt.head_dim)) if fmt.codebook == "gaussian" else tokens
+    return rotate(tokens, _on(tokens.device, fmt.head_dim)) if fmt.codebook == "gaussian" else tokens
 
 
 def restored(fmt: KVFormat, tokens: Tensor) -> Tensor:
     """What ``stored`` made of ``tokens`` turned back."""
-    return rotate(tokens, rotation(fmt.head_dim).mT) if fmt.codebook == "gaussian" else tokens
+    return rotate(tokens, _on(tokens.device, fmt.head_dim).mT) if fmt.codebook == "gaussian" else tokens
 
 
 def rotated(attend: Callable[..., Any], keys: KVFormat, values: KVFormat) -> Callable[..., Any]:

@@ -52,6 +52,8 @@ class EvictingMethod(LayerwiseMethod):
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
 
+    options: EvictingOptions
+
     def refuse(self, site: AttentionSite) -> Decline | None:
         return refuse_cache(site, sliding=False)
 
@@ -64,4 +66,4 @@ class EvictingMethod(LayerwiseMethod):
 
     def settings(self, *names: str) -> dict[str, Any]:
         """The budget and these options, as keyword arguments of a policy."""
-        return {"budget": self.options.budget} | {name: getattr(self.options, name) for name in names}  # type: ignore[attr-defined]
+        return {"budget": self.options.budget} | {name: getattr(self.options, name) for name in names}

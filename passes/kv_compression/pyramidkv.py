@@ -31,7 +31,9 @@ class PyramidKVPolicy(SnapKVPolicy):
     def capacity(self, prompt: Prompt) -> int:
         mean, tokens = super().capacity(prompt), prompt.keys.shape[2]
         window = min(self.window, prompt.queries.shape[2])
-        return window + pyramid(max(1, mean - window), tokens - window, prompt.layer, prompt.layers, self.beta)
+        if mean <= window:
+            return mean
+        return window + pyramid(mean - window, tokens - window, prompt.layer, prompt.layers, self.beta)
 
 
 def pyramid(base: int, room: int, layer: int, layers: int, beta: int) -> int:

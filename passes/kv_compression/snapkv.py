@@ -45,7 +45,7 @@ class SnapKVPolicy(Eviction):
         votes = prompt.grouped(prompt.window_attention().sum(2), self.gqa_reduce)
         # Only the votes of tokens before the window are pooled: the window stays anyway.
         old = pooled(votes[..., : votes.shape[-1] - window], self.kernel, self.pooling)
-        return protect(F.pad(old, (0, window)), prompt.valid, 0, window)
+        return protect(F.pad(old, (0, window)), prompt.valid, 0, min(window, self.capacity(prompt)))
 
 
 def pooled(votes: Tensor, kernel: int, pooling: str) -> Tensor:

@@ -84,6 +84,9 @@ class AttentionLowering:
         return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines)
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
+        past = site.key_cache.past
+        if past is not None and isinstance(_fake(past), LogicalKV):
+            plan = replace(plan, formats=None)  # it was judged when the cache was made
         if plan.formats is None and plan.window is None:
             return Judgement(plan, (), "")
         batch = _size(_fake(site.q).shape[0])
@@ -129,7 +132,10 @@ class AttentionLowering:
         plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
         pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
-        return Layout(keys, pruned, pruned, plan.eviction), Layout(values, False, pruned, plan.eviction)
+        return (
+            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction),
+            Layout(values, pruned=pruned, eviction=plan.eviction),
+        )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
         if _hint(_fake(site.q).shape[2]) != 1 or site.mask is None:

@@ -17,7 +17,7 @@ from .eviction import Eviction, EvictionRecord
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
 # in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
 # quantisation blocks.
-GROWTH = 16
+SLACK = 16
 ALIGNMENT = 64
 MOST_SLACK = 1024
 
@@ -162,6 +162,9 @@ class Storage:
         if any(view.end > end for view in self.views.values()):
             self.cuts.append(Cut(end, kv_format.read(fmt, self.buf, end, self.filled, self.filled).clone()))
         kv_format.truncate(fmt, self.buf, self.filled, end)
+        if self.record is not None:
+            for x in self.record.state.values():
+                x[..., end:] = 0  # what comes next begins anew
         self.filled = end
 
     @torch.inference_mode(False)
@@ -206,7 +209,7 @@ class Storage:
 
 def grown(need: int) -> int:
     """Capacity to allocate for ``need`` slots; strictly larger, so length never meets capacity."""
-    slack = min(max(need // GROWTH, 1), MOST_SLACK)
+    slack = min(max(need // SLACK, 1), MOST_SLACK)
     return -(-(need + slack) // ALIGNMENT) * ALIGNMENT
 
 

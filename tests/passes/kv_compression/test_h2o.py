@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torchaccel.passes.kv_compression.h2o import H2OPolicy
+from transformers import DynamicCache
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, phases, prompt
 from tests.passes.kv_compression.a6 import A6, prompt_of
 from tests.passes.kv_compression.masked_reference import Rule, grouped, masked
 from torchaccel.runtime.eviction import Budget, Step
+from torchaccel.runtime.kv import writable
 
 
 class H2ORule(Rule):
@@ -69,3 +71,17 @@ def test_a_budget_beyond_all_tokens_is_exact():
     eager, fast = compiled("llama", options={"kv_compression": {"method": "h2o", "tokens": 999}})
     inputs = prompt(2, 42, padding=(5, 0))
     assert torch.equal(greedy(fast, inputs, 12), greedy(eager, inputs, 12))
+
+
+def test_tokens_after_a_crop_begin_without_the_scores_of_those_given_up():
+    _, fast = compiled("llama", options={"kv_compression": {"method": "h2o", "tokens": 20}, "strict": True})
+    cache = DynamicCache()
+    with torch.no_grad():
+        fast(prompt(1, 42)["input_ids"], past_key_values=cache, use_cache=True)
+        for seed in range(3):
+            fast(prompt(1, 1, seed=seed)["input_ids"], past_key_values=cache, use_cache=True)
+    keys = cache.layers[0].keys
+    received = keys.physical.record.state["received"]
+    assert (received[..., 20:23] > 0).all()
+    cropped = writable(keys[..., :-2, :], 1)
+    assert cropped.end == 21 and (received[..., 21:] == 0).all() and (received[..., :21] > 0).all()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torchaccel.passes.kv_compression.pyramidkv import PyramidKVPolicy
 from torchaccel.passes.kv_compression.snapkv import SnapKVPolicy, pooled
 
 import torchaccel
@@ -51,6 +52,12 @@ def test_worked_example():
     )
     torch.testing.assert_close(pooled(votes[..., :4], 3, "max"), torch.tensor([[[0.55, 0.55, 0.55, 0.5]]]))
     assert policy.keep(prompt_of(A6, 2)).tolist() == [[[1, 2, 4, 5]]]
+
+
+def test_budgets_below_the_window_keep_the_newest_tokens():
+    assert SnapKVPolicy(Budget(tokens=2), window=4).keep(prompt_of(A6, 4)).tolist() == [[[4, 5]]]
+    few = PyramidKVPolicy(Budget(tokens=2), window=4)
+    assert few.keep(prompt_of(A6, 4, 0, 2)).tolist() == [[[4, 5]]]
 
 
 @pytest.mark.parametrize(
