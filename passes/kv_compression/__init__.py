@@ -10,6 +10,7 @@ from .int8 import Int8
 from .lazy_eviction import LazyEviction
 from .loopserve import LoopServe
 from .pyramidkv import PyramidKV
+from .random import Random
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
@@ -30,4 +31,5 @@ METHODS = (
     LazyEviction,
     Critic,
     LoopServe,
+    Random,
 )

@@ -180,7 +180,7 @@ def built() -> Path:
 
 
 def test_every_press_exists(built: Path) -> None:
-    code = f"import kvpress; print([p for p in {sorted(kvpress.PRESSES.values())} if not hasattr(kvpress, p)])"
+    code = f"import kvpress; print([p for p in {sorted(sum(kvpress.PRESSES.values(), ()))} if not hasattr(kvpress, p)])"
     command = [str(built / "bin" / "python"), "-I", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.split() == ["[]"]
@@ -192,3 +192,9 @@ def test_kvpress_keeps_the_tokens_of_its_ratio(built: Path, tmp_path: Path) -> N
     assert found["kv_bytes"] == 2 * 2 * 16 * 4 * (50 + 4 - 1)
     assert found["ttft_ms"]["n"] == 2
     assert found["peak_bytes"] > found["kv_bytes"]
+
+
+def test_kvpress_adakv_masks_and_frees_nothing_while_h2o_frees(built: Path, tmp_path: Path) -> None:
+    found = run(save_tiny_model(tmp_path), "eager,kvpress:adakv:0.5,kvpress:h2o:0.5", CASE)
+    every, kept = (2 * 2 * 16 * 4 * (tokens + 4 - 1) for tokens in (100, 50))
+    assert [found[f"kvpress:{press}:0.5"]["kv_bytes"] for press in ("adakv", "h2o")] == [every, kept], found

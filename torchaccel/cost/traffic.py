@@ -26,6 +26,7 @@ EVICTING = (
     "lazy_eviction",
     "critic",
     "loopserve",
+    "random",
 )
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),

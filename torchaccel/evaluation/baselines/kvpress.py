@@ -17,20 +17,25 @@ from ..results import Result
 from ..runner import Runner
 from .child import Child
 
-# Presses that need a ratio and nothing else, by the names their papers use.
-PRESSES = {
-    "cur": "CURPress",
-    "expected_attention": "ExpectedAttentionPress",
-    "keydiff": "KeyDiffPress",
-    "knorm": "KnormPress",
-    "lagkv": "LagKVPress",
-    "leverage": "LeverageScorePress",
-    "pyramidkv": "PyramidKVPress",
-    "random": "RandomPress",
-    "snapkv": "SnapKVPress",
-    "streaming_llm": "StreamingLLMPress",
-    "tova": "TOVAPress",
+# Presses that need a ratio and nothing else, by the names their papers use; the last class is given the ratio, those
+# before it wrap it.
+PRESSES: dict[str, tuple[str, ...]] = {
+    "adakv": ("AdaKVPress", "SnapKVPress"),
+    "cur": ("CURPress",),
+    "expected_attention": ("ExpectedAttentionPress",),
+    "h2o": ("ObservedAttentionPress",),
+    "keydiff": ("KeyDiffPress",),
+    "knorm": ("KnormPress",),
+    "lagkv": ("LagKVPress",),
+    "leverage": ("LeverageScorePress",),
+    "pyramidkv": ("PyramidKVPress",),
+    "random": ("RandomPress",),
+    "snapkv": ("SnapKVPress",),
+    "streaming_llm": ("StreamingLLMPress",),
+    "tova": ("TOVAPress",),
 }
+# Presses that read attention weights need the attention that materialises them.
+EAGER_PRESSES = ("h2o",)
 # Used where no variant of ours gives a byte budget.
 DEFAULT_RATIO = 0.5
 START_SECONDS = 300.0
@@ -72,7 +77,9 @@ class KVPress(Runner):
     def build(self, model: Any, case: str) -> RemoteModel:
         """Start the child and hand it the weights, through a folder that both can read."""
         command = [str(environment() / "bin" / "python"), "-I", "-m", f"{__package__}.kvpress_worker"]
-        press = {"press": PRESSES[self.options["press"]], "compression_ratio": self.options["compression_ratio"]}
+        name = self.options["press"]
+        press = {"presses": PRESSES[name], "compression_ratio": self.options["compression_ratio"]}
+        press["attention"] = "eager" if name in EAGER_PRESSES else "sdpa"
         return RemoteModel(model, command, press)
 
     def generate(self, model: RemoteModel, prompt: Tensor, new_tokens: int) -> Sample:

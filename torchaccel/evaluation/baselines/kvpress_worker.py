@@ -43,9 +43,12 @@ class Worker:
         import transformers
 
         torch.set_num_threads(request["threads"])
-        self.press = getattr(kvpress, request["press"])(compression_ratio=request["compression_ratio"])
+        *wrappers, innermost = request["presses"]
+        self.press = getattr(kvpress, innermost)(compression_ratio=request["compression_ratio"])
+        for wrapper in reversed(wrappers):
+            self.press = getattr(kvpress, wrapper)(press=self.press)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            request["folder"], dtype="auto", local_files_only=True
+            request["folder"], dtype="auto", local_files_only=True, attn_implementation=request["attention"]
         )
         self.model.to(request["device"]).eval()
         return {"transformers": transformers.__version__, "torch": torch.__version__}
