@@ -55,7 +55,7 @@ def variants() -> Iterator[Any]:
         elif method.calibration != "required":
             yield {"method": method.name}
     yield from ({"method": "random", "ratio": budget, "decoding": True} for budget in BUDGETS)
-    yield from ({"method": "turboquant", "key_bits": bits, "value_bits": bits} for bits in (3, 2))
+    yield from ({"method": "turboquant", "key_bits": bits, "value_bits": 2} for bits in (4, 2))
     for share in BUDGETS[:2]:
         yield from ([{"method": "snapkv", "ratio": share}, {"method": name}] for name in QUANTISERS)
 
