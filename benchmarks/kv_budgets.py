@@ -3,8 +3,8 @@
     python benchmarks/kv_budgets.py --json benchmarks/results/kv-budgets-demo.json --plot docs/kv_budgets.svg
 
 Methods that drop tokens get budgets of 0.5, 0.25 and 0.125 of the prompt; methods that shorten them are taken as they
-are, and behind an eviction. Random eviction at the same budgets is the floor. The text is read 64 tokens far behind a
-prompt of 960, so that most of the cache is what the method left of the prompt. An interrupted run goes on where it was.
+are, and behind an eviction. Random eviction at the same budgets is the floor. The text is read 192 tokens far behind a
+prompt of 832, so that most of the cache is what the method left of the prompt. An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchaccel.passes.kv_compression import METHODS
 from torchaccel.passes.kv_compression.evicting import EvictingMethod
 
 BUDGETS = (0.5, 0.25, 0.125)
-PROTOCOL = ("--tasks", "perplexity,recall", "--window", "1024", "--prompt", "960", "--lengths", "512,1024")
+PROTOCOL = ("--tasks", "perplexity,recall", "--window", "1024", "--prompt", "832", "--lengths", "512,1024")
 QUANTISERS = ("int8", "int4", "turboquant")
 # Losses below it are drawn on it: a logarithmic axis has no zero.
 FLOOR = 1e-4
