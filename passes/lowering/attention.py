@@ -194,7 +194,9 @@ class AttentionLowering:
         if plan.eviction is not None and not plan.dropped:
             layer = site.index if site.layer is None else site.layer
             count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
-            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self.signature.extra_output)
+            ids = self.context.anatomy.ids
+            extra = self.signature.extra_output
+            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, ids, (layer, count), extra)
         self.signature.stores.append(
             StoreBinding(
                 self.signature.result(stored[0]),
@@ -263,6 +265,9 @@ class AttentionLowering:
         else:
             rotary = self._attend(site, args, choice)
         evicts = policy is not None and not policy.grows
+        ids = self.context.anatomy.ids
+        if policy is not None and policy.token_ids and ids is not None:
+            binding = replace(binding, ids_output=self.signature.extra_output(ids))
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
         self.sites[-1].rotary = rotary
