@@ -8,6 +8,7 @@ from .int2 import Int2
 from .int4 import Int4
 from .int8 import Int8
 from .lazy_eviction import LazyEviction
+from .look_m import LookM
 from .loopserve import LoopServe
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
@@ -25,6 +26,7 @@ METHODS = (
     H2O,
     SnapKV,
     PyramidKV,
+    LookM,
     ExpectedAttention,
     Tova,
     LazyEviction,

@@ -192,11 +192,8 @@ class AttentionLowering:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
         if plan.eviction is not None and not plan.dropped:
-            layer = site.index if site.layer is None else site.layer
-            count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
-            ids = self.context.anatomy.ids
-            extra = self.signature.extra_output
-            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, ids, (layer, count), extra)
+            anatomy, extra = self.context.anatomy, self.signature.extra_output
+            prompt = prompt_outputs(self.graph, anatomy, site, plan.eviction, mass, extra)
         self.signature.stores.append(
             StoreBinding(
                 self.signature.result(stored[0]),

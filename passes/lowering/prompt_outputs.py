@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.graph.anatomy import Anatomy, AttentionSite
 from torchaccel.graph.nodes import CASTS, dtype, op_name
 from torchaccel.graph.propagate import annotate
 from torchaccel.graph.rotary import rotation_of
@@ -22,17 +22,17 @@ LAST_TWO = (Ellipsis, slice(-2, None), ALL)
 
 def prompt_outputs(
     graph: Graph,
+    anatomy: Anatomy,
     site: AttentionSite,
     policy: Eviction,
     mass: Node | None,
-    ids: Node | None,
-    layer: tuple[int, int],
     extra_output: Callable[[Node], int],
 ) -> PromptBinding:
     """Add what ``policy`` wants of ``site`` to the graph; extra_output: makes a node a result and tells its place.
 
-    mass: the attention every token received, when the policy wants it. ids: the tokens' ids, if any. layer: which one of how many.
+    mass: the attention every token received, when the policy wants it.
     """
+    layer = site.index if site.layer is None else site.layer
     with graph.inserting_before(graph.output_node()):
         last = _slice(
             graph, site.q, (ALL, ALL, slice(-policy.last_queries, None) if policy.last_queries else slice(0, 0))
@@ -43,17 +43,20 @@ def prompt_outputs(
         tables = (
             [_slice(graph, _precise(table), LAST_TWO) for table in (rotation.cos, rotation.sin)] if rotation else []
         )
+        masks = [_slice(graph, mask, (ALL, ALL, 0)) for mask in anatomy.filled] if policy.images else []
     plain = (rotation.x if rotation else site.q) if policy.unrotated else None
     return PromptBinding(
         extra_output(last),
         None if mass is None else extra_output(mass),
         None if mask is None else extra_output(mask),
         float(site.scale),
-        *layer,
+        layer,
+        len(anatomy.layers) or len(anatomy.attentions),
         None if plain is None else extra_output(plain),
         (extra_output(tables[0]), extra_output(tables[1])) if tables else None,
         rotation.style if rotation else "half",
-        extra_output(ids) if policy.token_ids and ids is not None else None,
+        extra_output(anatomy.ids) if policy.token_ids and anatomy.ids is not None else None,
+        tuple(extra_output(mask) for mask in masks),
     )
 
 

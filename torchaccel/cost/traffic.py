@@ -26,6 +26,7 @@ EVICTING = (
     "lazy_eviction",
     "critic",
     "loopserve",
+    "look_m",
 )
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import canonical
 from .caches import CacheKind, CacheSite, find_cache
-from .embedding import find_token_ids
+from .embedding import find_filled, find_token_ids
 from .layers import LayerSpan, find_layers, module_path
 from .nodes import (
     CASTS,
@@ -100,7 +100,8 @@ class Anatomy:
     a cache), "encoder" (no cache, not causal), "unknown" (no attention). attentions: in graph order. layers: in graph
     order, empty when not understood.
     batch, query_length: B and Q of the first attention, ints or SymInts; 0 without attention. ids: the call's token ids
-    int64 ``[B, N]``, None where the graph is given embeddings.
+    int64 ``[B, N]``, None where the graph is given embeddings. filled: masks, bool ``[B, N, 1 | d]``, of the embeddings
+    that features of images, or the like, take the place of.
     """
 
     phase: Phase
@@ -110,6 +111,7 @@ class Anatomy:
     batch: Size
     query_length: Size
     ids: Node | None = None
+    filled: tuple[Node, ...] = ()
 
 
 def analyze(module: GraphModule | Graph) -> Anatomy:
@@ -123,7 +125,7 @@ def analyze(module: GraphModule | Graph) -> Anatomy:
     batch, _, queries, _ = shape(sites[0].q) or (0, 0, 0, 0) if sites else (0, 0, 0, 0)
     logits = _find_logits(graph, sites, layers)
     ids = find_token_ids(sites[-1].q, None if logits is None else logits.node) if sites else None
-    return Anatomy(_phase(sites), sites, layers, logits, batch, queries, ids)
+    return Anatomy(_phase(sites), sites, layers, logits, batch, queries, ids, find_filled(sites[-1].q) if sites else ())
 
 
 def _site(index: int, node: Node, spans: list[LayerSpan], outputs: set[Node]) -> AttentionSite:

@@ -61,8 +61,9 @@ class AppendBinding:
 class PromptBinding:
     """What a policy that evicts tokens wants of a prompt, as positions among the graph's results.
 
-    queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs,
-    ids_output: see ``eviction.Prompt``; ids are of all tokens, those that were pruned included. mask_output: the mask's last row, None when nothing is masked.
+    queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs, ids_output: see
+    ``eviction.Prompt``; ids are of all tokens, those that were pruned included. mask_output: the mask's last row, None
+    when nothing is masked. image_outputs: masks, bool ``[B, N]``, that tell images together, of all tokens, too.
     """
 
     queries_output: int
@@ -75,6 +76,7 @@ class PromptBinding:
     table_outputs: tuple[int, int] | None = None
     pairs: str = "half"
     ids_output: int | None = None
+    image_outputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,10 @@ def store_prompt(
     assert policy is not None
     tables = binding.table_outputs
     ids = None if binding.ids_output is None else results[binding.ids_output]
-    if ids is not None and columns is not None:
-        ids = ids.gather(1, columns[:, 0])
+    images = [results[output] for output in binding.image_outputs]
+    filled = torch.stack(images).any(0) if images else None
+    if columns is not None:
+        ids, filled = (None if x is None else x.gather(1, columns[:, 0]) for x in (ids, filled))
     prompt = Prompt(
         queries=results[binding.queries_output],
         keys=keys,
@@ -46,18 +48,19 @@ def store_prompt(
         tables=None if tables is None else (results[tables[0]], results[tables[1]]),
         pairs=binding.pairs,
         ids=ids,
+        images=filled,
     )
     kept = policy.keep(prompt)
-    where = kept[..., None].expand(-1, -1, -1, keys.shape[3])
+    keys, values = policy.merge(prompt, kept)
     if columns is not None:
-        columns = columns.expand(-1, keys.shape[1], -1).gather(2, kept)
-    stored = compress(layouts[0], keys.gather(2, where), logical, kept if columns is None else columns)
+        columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
+    stored = compress(layouts[0], keys, logical, kept if columns is None else columns)
     storage = stored.physical
     assert storage is not None
     room = storage.capacity - kept.shape[2]
     state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
     storage.record = EvictionRecord(state, policy.capacity(prompt))
-    return stored, compress(layouts[1], values.gather(2, where), logical)
+    return stored, compress(layouts[1], values, logical)
 
 
 def settle(

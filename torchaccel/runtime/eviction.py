@@ -43,7 +43,7 @@ class Prompt:
     of how many. token_bytes: stored bytes of a token. plain_queries: ``[B, H, S, D]``, before rotary embedding, where
     the policy asks for them; tables: cosine and sine of its last two positions ``[B | 1, .., 2, R]``, None without it;
     pairs: the channels that rotate together, "half" or "interleaved". ids: int64 ``[B, S]``, of the tokens, where the
-    policy asks for them.
+    policy asks for them. images: bool ``[B, S]``, tokens that stand for features of images or the like, where it asks.
     """
 
     queries: Tensor
@@ -59,6 +59,7 @@ class Prompt:
     tables: tuple[Tensor, Tensor] | None = None
     pairs: str = "half"
     ids: Tensor | None = None
+    images: Tensor | None = None
 
     def mean_rotation(self, future: int) -> Tensor | None:
         """The rotary embedding of the ``future`` positions behind the prompt, averaged: float32 ``[B | 1, 1, D, D]``.
@@ -124,8 +125,8 @@ class Eviction:
 
     The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
     last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
-    receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted. token_ids: the tokens'
-    ids are wanted, without which the prompt's graph is left as it is.
+    receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
+    token_ids: the tokens' ids are; a prompt without is left as it is. images: which tokens stand for images is, too.
     """
 
     budget: Budget
@@ -135,6 +136,7 @@ class Eviction:
     grows: bool = True
     unrotated: bool = False
     token_ids: bool = False
+    images: bool = False
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""
@@ -150,6 +152,14 @@ class Eviction:
     def score(self, prompt: Prompt) -> Tensor:
         """How much each token of the prompt matters, float32 ``[B, H_kv, S]``; plus infinity is kept for certain."""
         raise NotImplementedError
+
+    def merge(self, prompt: Prompt, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens that stay, ``[B, H_kv, n, D]``, here as they are in the prompt.
+
+        kept: as ``keep`` gave it. A policy may put into them what would be lost of the others.
+        """
+        where = kept[..., None].expand(-1, -1, -1, prompt.keys.shape[3])
+        return prompt.keys.gather(2, where), prompt.values.gather(2, where)
 
     def state(self, prompt: Prompt, kept: Tensor) -> State:
         """What is remembered of every kept token, tensors ``[B, H_kv, n]``; new tokens begin with zeros."""
