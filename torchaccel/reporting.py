@@ -97,6 +97,7 @@ class Report:
                     "declined": r.declined,
                     "graph_break": r.graph_break,
                     "kv_bytes": r.counter.kv_bytes,
+                    "host_bytes": r.counter.host_bytes,
                     "compile_seconds": round(r.compile_seconds, 3),
                     "calls": r.counter.calls,
                     "milliseconds": round(1e3 * r.counter.seconds, 3),

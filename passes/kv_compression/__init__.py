@@ -15,6 +15,7 @@ from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
 from .turboquant import TurboQuant
+from .video_xl import VideoXL
 
 METHODS = (
     Int8,
@@ -27,6 +28,7 @@ METHODS = (
     SnapKV,
     PyramidKV,
     LookM,
+    VideoXL,
     ExpectedAttention,
     Tova,
     LazyEviction,

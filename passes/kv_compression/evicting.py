@@ -56,11 +56,9 @@ class EvictingMethod(LayerwiseMethod):
 
     def apply(self, context: RewriteContext) -> PassResult:
         """Treat every attention site of the chosen layers, if the policy can be shown what it asks for."""
-        policy, anatomy = self.policy(), context.anatomy
-        if anatomy.phase == "prefill" and policy.token_ids and anatomy.ids is None:
+        anatomy = context.anatomy
+        if anatomy.phase == "prefill" and self.policy().token_ids and anatomy.ids is None:
             return self.result([], [Decline("graph", Reason.NO_TOKEN_IDS)])
-        if anatomy.phase == "prefill" and policy.images and not anatomy.filled:
-            return self.result([], [Decline("graph", Reason.NO_IMAGES)])
         return super().apply(context)
 
     def refuse(self, site: AttentionSite) -> Decline | None:

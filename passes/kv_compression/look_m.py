@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchaccel.runtime.eviction import Budget, Eviction, Prompt, protect
 
+from ..base import Decline, PassResult, Reason, RewriteContext
 from .evicting import EvictingMethod
 from .modality import ImageTokens, ModalityOptions, images
 
@@ -134,6 +135,12 @@ class LookM(EvictingMethod):
     Options = LookMOptions
 
     options: LookMOptions
+
+    def apply(self, context: RewriteContext) -> PassResult:
+        anatomy = context.anatomy
+        if anatomy.phase == "prefill" and self.policy().images and not anatomy.filled:
+            return self.result([], [Decline("graph", Reason.NO_IMAGES)])
+        return super().apply(context)
 
     def policy(self) -> LookMPolicy:
         own = self.settings("recent", "merge_keys", "text_prior", "sinks")

@@ -24,7 +24,7 @@ from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
 from .gate import Gate, Judgement
 from .lowered import Lowered, LoweredSite
-from .prompt_outputs import prompt_outputs
+from .prompt_outputs import ALL, part_of, prompt_outputs
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -253,6 +253,11 @@ class AttentionLowering:
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
         choice = self.chooser.plan(spec, shape)
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
+        if policy is not None and policy.later_queries:
+            # A reader besides attention, so that its kernel does not rotate them: they are wanted rotated.
+            with self.graph.inserting_before(self.graph.output_node()):
+                asking = part_of(self.graph, site.q, (ALL, ALL, slice(-policy.later_queries, None)))
+            binding = replace(binding, queries_output=self.signature.extra_output(asking))
         rotary = False
         if mass:
             with_sides = (*args, None, None, choice.key())

@@ -27,6 +27,7 @@ EVICTING = (
     "critic",
     "loopserve",
     "look_m",
+    "video_xl",
 )
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),

@@ -32,8 +32,8 @@ class AppendBinding:
     for; plain tensors that a cache brings along are stored so, and prefixes that it does not share are copied. window:
     tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
     length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
-    received, where the policy wants it; group: query heads of a KV head. ids_output: result that holds the new tokens'
-    ids, where it wants those.
+    received, where the policy wants it; group: query heads of a KV head. ids_output, queries_output: results that hold
+    the new tokens' ids, and the last of their queries ``[B, H, w, D]``, where it wants those.
     """
 
     key_argument: int
@@ -50,6 +50,7 @@ class AppendBinding:
     mass_output: int | None = None
     group: int = 1
     ids_output: int | None = None
+    queries_output: int | None = None
 
     @property
     def prefixes(self) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .aside import Aside
 
 State = dict[str, Tensor]
 # As ``last_queries``: all of them.
@@ -96,6 +100,12 @@ class Prompt:
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
         return weights.masked_fill(~(seen & self.valid[:, query.squeeze(1)][:, None, :, None]), 0.0)
 
+    def later_attention(self) -> Tensor:
+        """Attention of queries that come behind the prompt to its tokens alone: float32 ``[B, H, w, S]``."""
+        q = self.queries.float().unflatten(1, (self.keys.shape[1], -1))
+        scores = torch.einsum("bhgwd,bhsd->bhgws", q, self.keys.float()).flatten(1, 2) * self.scale
+        return torch.softmax(scores.masked_fill(~self.valid[:, None, None], -torch.inf), -1)
+
     def grouped(self, x: Tensor, reduce: str = "mean") -> Tensor:
         """Scores of query heads ``[B, H, S]`` as scores of KV heads ``[B, H_kv, S]``: their "mean", "sum" or "max"."""
         x = x.unflatten(1, (self.keys.shape[1], -1))
@@ -127,6 +137,8 @@ class Eviction:
     last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
     receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
     token_ids: the tokens' ids are; a prompt without is left as it is. images: which tokens stand for images is, too.
+    later_queries: how many of the last queries, of all calls, are wanted to choose anew: the whole prompt is set aside
+    then, and what does not stay may come back.
     """
 
     budget: Budget
@@ -137,6 +149,7 @@ class Eviction:
     unrotated: bool = False
     token_ids: bool = False
     images: bool = False
+    later_queries: int = 0
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""
@@ -171,6 +184,14 @@ class Eviction:
     def evict(self, state: State, step: Step, capacity: int) -> Tensor | None:
         """The tokens that stay after a call, as ``keep`` gives them; None for all."""
         return None
+
+    def due(self, step: Step) -> bool:
+        """Whether to choose anew after this call, where the prompt was set aside."""
+        return False
+
+    def recall(self, prompt: Prompt, step: Step, capacity: int) -> Tensor:
+        """The tokens of the prompt to hold from now on, as ``keep`` gives them; its queries are the last ones."""
+        raise NotImplementedError
 
 
 class LateEviction(Eviction):
@@ -212,8 +233,10 @@ class EvictionRecord:
     """What a storage remembers for its policy between calls.
 
     state: see ``Eviction.state``, with room for the storage's capacity. capacity: tokens that the budget allows.
+    aside: the whole prompt, where the policy may choose anew.
     """
 
     state: State
     capacity: int
     calls: int = 0
+    aside: Aside | None = None

@@ -23,6 +23,9 @@ class Rule:
     def step(self, layer: int, weights: Tensor, alive: Tensor) -> Tensor:
         return alive
 
+    def asked(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Shows the queries of a later call, before ``step``, with all keys and values as they were computed."""
+
     def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache holds of keys and values ``[B, H_kv, S, D]``, from the first call after the prompt on."""
         return k, v
@@ -38,6 +41,7 @@ def masked(model: Any, rule: Rule) -> Any:
         layer, group = module.layer_idx, q.shape[1] // k.shape[1]
         fresh = q.shape[2] == k.shape[2]
         if not fresh:
+            rule.asked(layer, q, k, v)
             k, v = rule.stored(layer, k, v)
         wide_k, wide_v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = (q @ wide_k.transpose(2, 3)).float() * scaling
