@@ -20,7 +20,7 @@ from .storage import Layout, Storage
 class CallCounter:
     """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
 
-    host_bytes: those of them that are set aside in host memory, and not counted as KV bytes where that is elsewhere.
+    host_bytes: set aside in host memory; part of the KV bytes where the caches are there, too, and else beside them.
 
     unshared: why rows that begin alike came with, or were given, copies of what they could have shared.
     """
