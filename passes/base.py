@@ -52,6 +52,8 @@ class Reason(Enum):
     UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
+    NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
+    NO_IMAGES = "nothing in the graph tells which tokens are images; give their ids as image_tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
     SLOWER = "the cost model predicts that it is slower than the exact site at every length; gate=False keeps it"

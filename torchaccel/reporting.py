@@ -97,6 +97,7 @@ class Report:
                     "declined": r.declined,
                     "graph_break": r.graph_break,
                     "kv_bytes": r.counter.kv_bytes,
+                    "host_bytes": r.counter.host_bytes,
                     "compile_seconds": round(r.compile_seconds, 3),
                     "calls": r.counter.calls,
                     "milliseconds": round(1e3 * r.counter.seconds, 3),
@@ -164,12 +165,13 @@ class Report:
         )
         for record in self.records:
             kernels = _counted([_attention(site) for site in record.sites])
+            aside = record.counter.host_bytes
             mean = 1e3 * record.counter.seconds / record.counter.calls if record.counter.calls else 0.0
             table.add_row(
                 record.phase,
                 kernels or (record.declined and "inductor") or "-",
                 _counted([s.layout for s in record.sites]) or "-",
-                f"{record.counter.kv_bytes / 1e6:.2f}",
+                f"{record.counter.kv_bytes / 1e6:.2f}" + (f" ({aside / 1e6:.2f} set aside)" if aside else ""),
                 str(record.linear_layers),
                 str(record.counter.calls),
                 f"{mean:.2f}",

@@ -8,6 +8,7 @@ from .int2 import Int2
 from .int4 import Int4
 from .int8 import Int8
 from .lazy_eviction import LazyEviction
+from .look_m import LookM
 from .loopserve import LoopServe
 from .pyramidkv import PyramidKV
 from .random import Random
@@ -15,6 +16,7 @@ from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
 from .turboquant import TurboQuant
+from .video_xl import VideoXL
 
 METHODS = (
     Int8,
@@ -26,6 +28,8 @@ METHODS = (
     H2O,
     SnapKV,
     PyramidKV,
+    LookM,
+    VideoXL,
     ExpectedAttention,
     Tova,
     LazyEviction,

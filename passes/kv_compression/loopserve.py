@@ -9,33 +9,56 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from torchaccel.runtime.eviction import Budget, LateEviction, Prompt, State, Step, best
+from torchaccel.runtime.eviction import Budget, LateEviction, Prompt, State, Step, best, protect
 
 from .evicting import EvictingMethod, EvictingOptions
 
 
 class LoopServeOptions(EvictingOptions):
-    """interval: generated tokens that vote, and calls between evictions. sinks: first tokens that stay."""
+    """interval: generated tokens that vote, and calls between evictions. sinks: first tokens that stay. restore: the
+    prompt is set aside in host memory, and what does not stay may come back; without, what is gone is gone."""
 
     default_budget: ClassVar[Budget] = Budget(tokens=1024)
 
     interval: int = Field(default=16, ge=1, le=512)
     sinks: int = Field(default=4, ge=0, le=4096)
+    restore: bool = False
 
 
 @dataclass(frozen=True)
 class LoopServePolicy(LateEviction):
-    """Adds up the attention of the last ``interval`` calls; the budget is for the prompt, what is generated stays."""
+    """Adds up the attention of the last ``interval`` calls; the budget is for the prompt, what is generated stays.
+
+    With ``restore`` it is attention to the whole prompt, by the last ``interval`` queries: the mean over a KV head's.
+    """
 
     budget: Budget
     interval: int = 16
     sinks: int = 4
-    step_mass: bool = True
+    restore: bool = False
     grows: bool = False
 
+    @property
+    def step_mass(self) -> bool:  # type: ignore[override]
+        return not self.restore
+
+    @property
+    def later_queries(self) -> int:  # type: ignore[override]
+        return self.interval if self.restore else 0
+
     def state(self, prompt: Prompt, kept: Tensor) -> State:
+        if self.restore:
+            return {}
         zeros = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
         return {"votes": zeros, "prompt": torch.ones_like(zeros), **self.marks(prompt, kept)}
+
+    def due(self, step: Step) -> bool:
+        return step.count % self.interval == 0
+
+    def recall(self, prompt: Prompt, step: Step, capacity: int) -> Tensor:
+        votes = prompt.grouped(prompt.later_attention().sum(2))
+        votes = protect(votes, prompt.valid, self.sinks, 0).masked_fill(~prompt.valid[:, None], -torch.inf)
+        return best(votes, capacity)
 
     def observe(self, state: State, step: Step) -> None:
         assert step.mass is not None
@@ -56,11 +79,11 @@ class LoopServePolicy(LateEviction):
 
 
 class LoopServe(EvictingMethod):
-    """Every ``interval`` tokens the prompt's cache is cut to what they attended to; what is gone does not return."""
+    """Every ``interval`` tokens the prompt's cache is cut to what they attended to, for good or for a while."""
 
     name = "loopserve"
     paper = "LoopServe: An Adaptive Dual-phase LLM Inference Acceleration System for Multi-Turn Dialogues (2025)"
     Options = LoopServeOptions
 
     def policy(self) -> LoopServePolicy:
-        return LoopServePolicy(**self.settings("interval", "sinks"))
+        return LoopServePolicy(**self.settings("interval", "sinks", "restore"))

@@ -24,7 +24,7 @@ from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
 from .gate import Gate, Judgement
 from .lowered import Lowered, LoweredSite
-from .prompt_outputs import prompt_outputs
+from .prompt_outputs import ALL, part_of, prompt_outputs
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -192,9 +192,8 @@ class AttentionLowering:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
         if plan.eviction is not None and not plan.dropped:
-            layer = site.index if site.layer is None else site.layer
-            count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
-            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self.signature.extra_output)
+            anatomy, extra = self.context.anatomy, self.signature.extra_output
+            prompt = prompt_outputs(self.graph, anatomy, site, plan.eviction, mass, extra)
         self.signature.stores.append(
             StoreBinding(
                 self.signature.result(stored[0]),
@@ -254,6 +253,11 @@ class AttentionLowering:
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
         choice = self.chooser.plan(spec, shape)
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
+        if policy is not None and policy.later_queries:
+            # A reader besides attention, so that its kernel does not rotate them: they are wanted rotated.
+            with self.graph.inserting_before(self.graph.output_node()):
+                asking = part_of(self.graph, site.q, (ALL, ALL, slice(-policy.later_queries, None)))
+            binding = replace(binding, queries_output=self.signature.extra_output(asking))
         rotary = False
         if mass:
             with_sides = (*args, None, None, choice.key())
@@ -263,6 +267,9 @@ class AttentionLowering:
         else:
             rotary = self._attend(site, args, choice)
         evicts = policy is not None and not policy.grows
+        ids = self.context.anatomy.ids
+        if policy is not None and policy.token_ids and ids is not None:
+            binding = replace(binding, ids_output=self.signature.extra_output(ids))
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
         self.sites[-1].rotary = rotary

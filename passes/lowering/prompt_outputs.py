@@ -1,4 +1,4 @@
-"""What a policy that evicts tokens wants to see of a prompt, as further results of its graph."""
+"""What a policy that evicts tokens wants to see, as further results of a graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.graph.anatomy import Anatomy, AttentionSite
 from torchaccel.graph.nodes import CASTS, dtype, op_name
 from torchaccel.graph.propagate import annotate
 from torchaccel.graph.rotary import rotation_of
@@ -22,36 +22,41 @@ LAST_TWO = (Ellipsis, slice(-2, None), ALL)
 
 def prompt_outputs(
     graph: Graph,
+    anatomy: Anatomy,
     site: AttentionSite,
     policy: Eviction,
     mass: Node | None,
-    layer: tuple[int, int],
     extra_output: Callable[[Node], int],
 ) -> PromptBinding:
     """Add what ``policy`` wants of ``site`` to the graph; extra_output: makes a node a result and tells its place.
 
-    mass: the attention every token received, when the policy wants it. layer: which one of how many.
+    mass: the attention every token received, when the policy wants it.
     """
+    layer = site.index if site.layer is None else site.layer
     with graph.inserting_before(graph.output_node()):
-        last = _slice(
+        last = part_of(
             graph, site.q, (ALL, ALL, slice(-policy.last_queries, None) if policy.last_queries else slice(0, 0))
         )
-        mask = None if site.mask is None else _slice(graph, site.mask, (ALL, slice(0, 1), slice(-1, None)))
+        mask = None if site.mask is None else part_of(graph, site.mask, (ALL, slice(0, 1), slice(-1, None)))
         rotation = rotation_of(site.q) if policy.unrotated else None
         # The last two positions: what a position adds to the angles is their difference.
         tables = (
-            [_slice(graph, _precise(table), LAST_TWO) for table in (rotation.cos, rotation.sin)] if rotation else []
+            [part_of(graph, _precise(table), LAST_TWO) for table in (rotation.cos, rotation.sin)] if rotation else []
         )
+        masks = [part_of(graph, mask, (ALL, ALL, 0)) for mask in anatomy.filled] if policy.images else []
     plain = (rotation.x if rotation else site.q) if policy.unrotated else None
     return PromptBinding(
         extra_output(last),
         None if mass is None else extra_output(mass),
         None if mask is None else extra_output(mask),
         float(site.scale),
-        *layer,
+        layer,
+        len(anatomy.layers) or len(anatomy.attentions),
         None if plain is None else extra_output(plain),
         (extra_output(tables[0]), extra_output(tables[1])) if tables else None,
         rotation.style if rotation else "half",
+        extra_output(anatomy.ids) if policy.token_ids and anatomy.ids is not None else None,
+        tuple(extra_output(mask) for mask in masks),
     )
 
 
@@ -65,7 +70,7 @@ def _precise(table: Node) -> Node:
     return table
 
 
-def _slice(graph: Graph, node: Node, index: tuple[Any, ...]) -> Node:
+def part_of(graph: Graph, node: Node, index: tuple[Any, ...]) -> Node:
     """The node that reads ``index`` of ``node``, one for all sites that want it."""
     for user in node.users:
         if user.op == "call_function" and user.target is operator.getitem and user.args[1] == index:

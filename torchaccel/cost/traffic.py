@@ -26,6 +26,8 @@ EVICTING = (
     "lazy_eviction",
     "critic",
     "loopserve",
+    "look_m",
+    "video_xl",
     "random",
 )
 KNOWN_METHODS = {

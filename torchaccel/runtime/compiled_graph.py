@@ -20,6 +20,8 @@ from .storage import Layout, Storage
 class CallCounter:
     """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
 
+    host_bytes: set aside in host memory; part of the KV bytes where the caches are there, too, and else beside them.
+
     unshared: why rows that begin alike came with, or were given, copies of what they could have shared.
     """
 
@@ -28,6 +30,7 @@ class CallCounter:
         self.calls = 0
         self.seconds = 0.0
         self.kv_bytes = 0
+        self.host_bytes = 0
 
 
 class CompiledGraph:
@@ -58,6 +61,7 @@ class CompiledGraph:
         self.counter.calls += 1
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
         self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
+        self.counter.host_bytes = sum({part: part.host_bytes for cache in caches for part in cache.parts}.values())
         self.counter.seconds += time.perf_counter() - began
         return results[: bindings.result_count]
 
@@ -112,10 +116,12 @@ class CompiledGraph:
         assert keys.physical is not None and values.physical is not None
         fresh, logical = binding.tokens.of(args), keys.shape[2]
         mass = None if binding.mass_output is None else results[binding.mass_output]
-        start, end = settle(keys, values, mass, fresh, binding.group)
-        if end != keys.end:
-            results[binding.key_output] = view(keys.physical, start, end, logical)
-            results[binding.value_output] = view(values.physical, start, end, logical)
+        ids = None if binding.ids_output is None else results[binding.ids_output]
+        queries = None if binding.queries_output is None else results[binding.queries_output]
+        end = settle(keys, values, mass, fresh, binding.group, ids, queries)
+        if end is not None:
+            results[binding.key_output] = view(keys.physical, 0, end, logical)
+            results[binding.value_output] = view(values.physical, 0, end, logical)
 
     def _store(self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any]) -> None:
         positions = logical = None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchaccel.kernels import rotation
+
+from .aside import set_aside
 from .bindings import PromptBinding
 from .eviction import EvictionRecord, Prompt, Step
 from .kv import LogicalKV, compress
-from .storage import Layout
+from .storage import Layout, Storage
 
 
 def store_prompt(
@@ -29,6 +33,11 @@ def store_prompt(
     policy = layouts[0].eviction
     assert policy is not None
     tables = binding.table_outputs
+    ids = None if binding.ids_output is None else results[binding.ids_output]
+    images = [results[output] for output in binding.image_outputs]
+    filled = torch.stack(images).any(0) if images else None
+    if columns is not None:
+        ids, filled = (None if x is None else x.gather(1, columns[:, 0]) for x in (ids, filled))
     prompt = Prompt(
         queries=results[binding.queries_output],
         keys=keys,
@@ -42,41 +51,81 @@ def store_prompt(
         plain_queries=None if binding.plain_output is None else results[binding.plain_output],
         tables=None if tables is None else (results[tables[0]], results[tables[1]]),
         pairs=binding.pairs,
+        ids=ids,
+        images=filled,
     )
     kept = policy.keep(prompt)
-    where = kept[..., None].expand(-1, -1, -1, keys.shape[3])
+    keys, values = policy.merge(prompt, kept)
+    whole = columns
     if columns is not None:
-        columns = columns.expand(-1, keys.shape[1], -1).gather(2, kept)
-    stored = compress(layouts[0], keys.gather(2, where), logical, kept if columns is None else columns)
+        columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
+    stored = compress(layouts[0], keys, logical, kept if columns is None else columns)
     storage = stored.physical
     assert storage is not None
     room = storage.capacity - kept.shape[2]
     state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
     storage.record = EvictionRecord(state, policy.capacity(prompt))
-    return stored, compress(layouts[1], values.gather(2, where), logical)
+    if policy.later_queries and storage.record.capacity < prompt.keys.shape[2]:
+        storage.record.aside = set_aside(prompt, whole, kept.shape[2])
+    return stored, compress(layouts[1], values, logical)
 
 
-def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor | None, fresh: int, group: int) -> tuple[int, int]:
-    """Tell the policy of a layer what a call attended to and evict what it gives up; returns the live slots.
+def settle(
+    keys: LogicalKV,
+    values: LogicalKV,
+    mass: Tensor | None,
+    fresh: int,
+    group: int,
+    ids: Tensor | None,
+    queries: Tensor | None,
+) -> int | None:
+    """Tell the policy of a layer what a call attended to and let it choose what stays; returns how many tokens.
+
+    None where nothing changes.
 
     keys, values: as they are after the call, ``fresh`` new tokens included. mass: float32 ``[B, H_kv, C]``, see
-    ``Step``. group: query heads of a KV head.
+    ``Step``. group: query heads of a KV head. ids, queries: of the new tokens, if any.
     """
     storage, start, end = keys.physical, keys.start, keys.end
     assert storage is not None and values.physical is not None
     policy, record = storage.layout.eviction, storage.record
     assert policy is not None and record is not None
     received = None if mass is None else mass[..., start:end]
-    step = Step(received, end - start, fresh, group, record.calls + 1)
+    step = Step(received, end - start, fresh, group, record.calls + 1, ids)
     state = {name: x[..., start:end] for name, x in record.state.items()}
-    policy.observe(state, step)
     record.calls += 1
+    if policy.later_queries:
+        if record.aside is None or queries is None:
+            return None
+        record.aside = record.aside.asked(queries, policy.later_queries)
+        return _recall(keys, values.physical, step) if policy.due(step) else None
+    policy.observe(state, step)
     kept = policy.evict(state, step, record.capacity)
     if kept is None:
-        return start, end
+        return None
     storage.keep(start, end, kept, keys.shape[2])
     values.physical.keep(start, end, kept, keys.shape[2])
-    return 0, kept.shape[2]
+    return kept.shape[2]
+
+
+def _recall(keys: LogicalKV, values: Storage, step: Step) -> int:
+    """Let the policy choose anew from the whole prompt; returns how many tokens are stored then."""
+    storage, end = keys.physical, keys.end
+    assert storage is not None and storage.record is not None and storage.positions is not None
+    policy, aside = storage.layout.eviction, storage.record.aside
+    assert policy is not None and aside is not None
+    prompt, columns = aside.load(storage.buf.device)
+    kept = policy.recall(prompt, step, storage.record.capacity)
+    if columns is not None:
+        columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
+    later = storage.positions[..., aside.slots : end].expand(-1, kept.shape[1], -1)
+    places = torch.cat([(kept if columns is None else columns).to(later.dtype), later], 2)
+    for part, tokens in zip((storage, values), policy.merge(prompt, kept), strict=True):
+        stored = rotation.stored(part.layout.format, tokens)
+        # What lies behind the prompt stays as it was: it can be cut apart, as before.
+        part.refill(torch.cat([stored, part.read(aside.slots, end)], 2), places, part.contiguous_from)
+    storage.record.aside = replace(aside, slots=kept.shape[2])
+    return places.shape[2]
 
 
 def _valid(mask: Tensor | None, keys: Tensor) -> Tensor:

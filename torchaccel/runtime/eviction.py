@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .aside import Aside
 
 State = dict[str, Tensor]
 # As ``last_queries``: all of them.
@@ -42,7 +46,8 @@ class Prompt:
     unless the policy asks for it. valid: bool ``[B, S]``, False for padding. scale: of q . k. layer, layers: which one
     of how many. token_bytes: stored bytes of a token. plain_queries: ``[B, H, S, D]``, before rotary embedding, where
     the policy asks for them; tables: cosine and sine of its last two positions ``[B | 1, .., 2, R]``, None without it;
-    pairs: the channels that rotate together, "half" or "interleaved".
+    pairs: the channels that rotate together, "half" or "interleaved". ids: int64 ``[B, S]``, of the tokens, where the
+    policy asks for them. images: bool ``[B, S]``, tokens that stand for features of images or the like, where it asks.
     """
 
     queries: Tensor
@@ -57,6 +62,8 @@ class Prompt:
     plain_queries: Tensor | None = None
     tables: tuple[Tensor, Tensor] | None = None
     pairs: str = "half"
+    ids: Tensor | None = None
+    images: Tensor | None = None
 
     def mean_rotation(self, future: int) -> Tensor | None:
         """The rotary embedding of the ``future`` positions behind the prompt, averaged: float32 ``[B | 1, 1, D, D]``.
@@ -93,6 +100,12 @@ class Prompt:
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
         return weights.masked_fill(~(seen & self.valid[:, query.squeeze(1)][:, None, :, None]), 0.0)
 
+    def later_attention(self) -> Tensor:
+        """Attention of queries that come behind the prompt to its tokens alone: float32 ``[B, H, w, S]``."""
+        q = self.queries.float().unflatten(1, (self.keys.shape[1], -1))
+        scores = torch.einsum("bhgwd,bhsd->bhgws", q, self.keys.float()).flatten(1, 2) * self.scale
+        return torch.softmax(scores.masked_fill(~self.valid[:, None, None], -torch.inf), -1)
+
     def grouped(self, x: Tensor, reduce: str = "mean") -> Tensor:
         """Scores of query heads ``[B, H, S]`` as scores of KV heads ``[B, H_kv, S]``: their "mean", "sum" or "max"."""
         x = x.unflatten(1, (self.keys.shape[1], -1))
@@ -105,7 +118,8 @@ class Step:
 
     mass: float32 ``[B, H_kv, n]``, attention that each of the n stored tokens received, summed over the new queries and
     the group's heads; None unless the policy asks for it. stored: n. fresh: new tokens, the last ones of the n. group:
-    query heads of a KV head. count: calls since the prompt, this one included.
+    query heads of a KV head. count: calls since the prompt, this one included. ids: int64 ``[B, fresh]``, of the new
+    tokens, where the policy asks for them and the call was given any.
     """
 
     mass: Tensor | None
@@ -113,6 +127,7 @@ class Step:
     fresh: int
     group: int
     count: int
+    ids: Tensor | None = None
 
 
 class Eviction:
@@ -121,6 +136,9 @@ class Eviction:
     The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
     last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
     receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
+    token_ids: the tokens' ids are; a prompt without is left as it is. images: which tokens stand for images is, too.
+    later_queries: how many of the last queries, of all calls, are wanted to choose anew: the whole prompt is set aside
+    then, and what does not stay may come back.
     """
 
     budget: Budget
@@ -129,6 +147,9 @@ class Eviction:
     step_mass: bool = False
     grows: bool = True
     unrotated: bool = False
+    token_ids: bool = False
+    images: bool = False
+    later_queries: int = 0
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""
@@ -145,6 +166,14 @@ class Eviction:
         """How much each token of the prompt matters, float32 ``[B, H_kv, S]``; plus infinity is kept for certain."""
         raise NotImplementedError
 
+    def merge(self, prompt: Prompt, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens that stay, ``[B, H_kv, n, D]``, here as they are in the prompt.
+
+        kept: as ``keep`` gave it. A policy may put into them what would be lost of the others.
+        """
+        where = kept[..., None].expand(-1, -1, -1, prompt.keys.shape[3])
+        return prompt.keys.gather(2, where), prompt.values.gather(2, where)
+
     def state(self, prompt: Prompt, kept: Tensor) -> State:
         """What is remembered of every kept token, tensors ``[B, H_kv, n]``; new tokens begin with zeros."""
         return {}
@@ -155,6 +184,14 @@ class Eviction:
     def evict(self, state: State, step: Step, capacity: int) -> Tensor | None:
         """The tokens that stay after a call, as ``keep`` gives them; None for all."""
         return None
+
+    def due(self, step: Step) -> bool:
+        """Whether to choose anew after this call, where the prompt was set aside."""
+        return False
+
+    def recall(self, prompt: Prompt, step: Step, capacity: int) -> Tensor:
+        """The tokens of the prompt to hold from now on, as ``keep`` gives them; its queries are the last ones."""
+        raise NotImplementedError
 
 
 class LateEviction(Eviction):
@@ -196,8 +233,10 @@ class EvictionRecord:
     """What a storage remembers for its policy between calls.
 
     state: see ``Eviction.state``, with room for the storage's capacity. capacity: tokens that the budget allows.
+    aside: the whole prompt, where the policy may choose anew.
     """
 
     state: State
     capacity: int
     calls: int = 0
+    aside: Aside | None = None

@@ -105,9 +105,16 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: tokens, columns, and what a policy remembers."""
+        """Bytes allocated: tokens, columns, what a policy remembers, and what it has set aside on this device."""
         columns = 0 if self.positions is None else self.positions.nbytes
-        return self.buf.nbytes + columns + (sum(x.nbytes for x in self.record.state.values()) if self.record else 0)
+        state = sum(x.nbytes for x in self.record.state.values()) if self.record else 0
+        aside = None if self.record is None else self.record.aside
+        return self.buf.nbytes + columns + state + (aside.nbytes if aside and aside.device == self.buf.device else 0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that a policy has set aside in host memory."""
+        return 0 if self.record is None or self.record.aside is None else self.record.aside.nbytes
 
     @property
     def parts(self) -> tuple[Storage, ...]:
@@ -139,20 +146,48 @@ class Storage:
 
         Views made before can be read no more. logical: the sequence's length; nothing before it can be cut apart.
         """
-        tokens = self.read(start, end)
-        kv_format.append(
-            self.layout.format, self.buf, 0, tokens.gather(2, kept[..., None].expand(*kept.shape, tokens.shape[3]))
-        )
-        count = kept.shape[2]
-        if self.positions is not None:
-            self.positions[..., :count] = self.positions[..., start:end].gather(2, kept)
+        columns = None if self.positions is None else self.positions[..., start:end].gather(2, kept)
         if self.record is not None:
+            count = kept.shape[2]
             for x in self.record.state.values():
                 x[..., :count] = x[..., start:end].gather(2, kept)
                 x[..., count:] = 0
+        tokens = self.read(start, end)
+        self.refill(tokens.gather(2, kept[..., None].expand(*kept.shape, tokens.shape[3])), columns, logical)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refill(self, tokens: Tensor, columns: Tensor | None, logical: int) -> None:
+        """Hold ``tokens`` ``[B, H, n, D]``, as ``read`` gives them, and nothing else, in slots 0 .. n.
+
+        Views made before can be read no more. columns: integers ``[B, H, n]``, where there are positions. logical: the
+        sequence's length; nothing before it can be cut apart.
+        """
+        count, fmt = tokens.shape[2], self.layout.format
+        if count >= self.capacity or 2 * grown(count) <= self.capacity:
+            self._resize(grown(count))
+        kv_format.append(fmt, self.buf, 0, tokens)
+        if self.positions is not None and columns is not None:
+            self.positions[..., :count] = columns
         self.cuts.clear()
         self.filled, self.contiguous_from = count, logical
         self.generation += 1
+
+    def _resize(self, room: int) -> None:
+        """Exchange the buffer for one of ``room`` slots, whatever is in it; what a policy remembers keeps its place."""
+        fmt = self.layout.format
+        self.buf = kv_format.allocate(fmt, self.buf.shape[0], self.buf.shape[1], room, self.buf.device)
+        self.capacity = kv_format.capacity(fmt, self.buf)
+        torch._dynamo.maybe_mark_dynamic(self.buf, 2)
+        if self.positions is not None:
+            self.positions = self.positions.new_empty(*self.positions.shape[:2], self.capacity)
+            torch._dynamo.maybe_mark_dynamic(self.positions, 2)
+        if self.record is not None:
+            fit = self.capacity
+            self.record.state = {
+                name: torch.nn.functional.pad(x[..., :fit], (0, fit - min(fit, x.shape[2])))
+                for name, x in self.record.state.items()
+            }
 
     def truncate(self, end: int) -> None:
         """Give up the slots from ``end`` on, keeping their tokens for whoever alive still reads them."""
@@ -165,6 +200,8 @@ class Storage:
         if self.record is not None:
             for x in self.record.state.values():
                 x[..., end:] = 0  # what comes next begins anew
+            if self.record.aside is not None:
+                self.record.aside = self.record.aside.take(None, self.filled - end)
         self.filled = end
 
     @torch.inference_mode(False)
@@ -203,7 +240,8 @@ class Storage:
                 name: torch.nn.functional.pad(pick(x[..., base:end]), (0, room))
                 for name, x in self.record.state.items()
             }
-            new.record = EvictionRecord(state, self.record.capacity, self.record.calls)
+            aside = None if self.record.aside is None else self.record.aside.take(batch, self.filled - end)
+            new.record = EvictionRecord(state, self.record.capacity, self.record.calls, aside)
         return new, start - base
 
 

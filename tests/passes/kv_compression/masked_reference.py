@@ -23,6 +23,13 @@ class Rule:
     def step(self, layer: int, weights: Tensor, alive: Tensor) -> Tensor:
         return alive
 
+    def asked(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Shows the queries of a later call, before ``step``, with all keys and values as they were computed."""
+
+    def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache holds of keys and values ``[B, H_kv, S, D]``, from the first call after the prompt on."""
+        return k, v
+
 
 def masked(model: Any, rule: Rule) -> Any:
     """``model`` (in place) with attention that obeys ``rule``; one sequence of calls, from its prompt on."""
@@ -32,11 +39,14 @@ def masked(model: Any, rule: Rule) -> Any:
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         layer, group = module.layer_idx, q.shape[1] // k.shape[1]
+        fresh = q.shape[2] == k.shape[2]
+        if not fresh:
+            rule.asked(layer, q, k, v)
+            k, v = rule.stored(layer, k, v)
         wide_k, wide_v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = (q @ wide_k.transpose(2, 3)).float() * scaling
         if mask is not None:
             scores = scores + mask[..., : k.shape[2]].float()
-        fresh = q.shape[2] == k.shape[2]
         if not fresh:
             now = alive[layer]
             now = torch.cat([now, now.new_ones(*now.shape[:2], k.shape[2] - now.shape[2])], 2)

@@ -53,3 +53,54 @@ def test_several_methods_are_named_and_measured_together():
     assert (
         traffic.stored(1000, 100.0) == 500 and traffic.formats("bfloat16", 64)[0].kind == "int4" and not traffic.unknown
     )
+
+
+def test_what_comes_back_to_a_pruned_prompt_has_its_columns():
+    """Every stored token is the one that stood in its column, in the layers with fewer tokens, too."""
+    method = {"method": "loopserve", "tokens": 14, "interval": 3, "restore": True}
+    options = {"kv_compression": method, "token_pruning": {"method": "fastv", "layer": 1, "keep": 0.5}, "strict": True}
+    _, fast = compiled("llama", options=options)
+    ids = prompt(2, 50)["input_ids"]
+    cache = DynamicCache()
+    with torch.no_grad():
+        for first, last in ((0, 42), *((t, t + 1) for t in range(42, 50))):
+            fast(ids[:, first:last], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for index, layer in enumerate(cache.layers):
+        storage = layer.keys.physical
+        aside = storage.record.aside
+        assert aside.slots == 14 and storage.filled == 22
+        whole = aside.columns if index else torch.arange(42).expand(2, 1, -1)
+        assert whole.shape[2] == (21 if index else 42)
+        stored, keys = storage.positions[..., :14].long(), storage.read(0, 14)
+        for row, head in torch.ones(stored.shape[:2]).nonzero().tolist():
+            place = [whole[row, 0].tolist().index(column) for column in stored[row, head].tolist()]
+            assert place == sorted(set(place)) and torch.equal(keys[row, head], aside.prompt.keys[row, head, place])
+        assert storage.positions[0, :, 14:22].tolist() == [list(range(42, 50))] * 2
+
+
+def test_a_prompt_set_aside_and_quantisation():
+    methods = [{"method": "loopserve", "tokens": 80, "interval": 5, "restore": True}, {"method": "int8"}]
+    _, fast = compiled("llama", options={"kv_compression": methods, "strict": True})
+    _, dense = compiled("llama", options={"kv_compression": methods[:1], "strict": True})
+    ids = prompt(2, 112)["input_ids"]
+    logits = []
+    for model in (fast, dense):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(ids[:, :100], past_key_values=cache, use_cache=True)
+            steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True) for t in range(100, 112)]
+        logits.append(torch.stack([step.logits for step in steps]))
+    error = (logits[0] - logits[1]).abs()
+    assert error.max() > 0 and error.mean() < 0.02 * logits[1].abs().mean()
+
+
+def test_many_steps_compile_nothing_anew():
+    inputs = prompt(1, 300)
+    for method in (
+        {"method": "loopserve", "tokens": 64, "restore": True},
+        {"method": "video_xl", "ratio": 0.3, "chunk": 32, "restore": True},
+        {"method": "look_m", "image_tokens": [[20, 98]], "ratio": 0.3},
+    ):
+        _, fast = compiled("llama", layers=1, options={"kv_compression": method, "strict": True})
+        greedy(fast, inputs, 512)
+        assert phases(fast) == ["prefill", "decode"] and torchaccel.report(fast).recompiles == 0
