@@ -28,6 +28,7 @@ from torchaccel.tuning.fingerprint import fingerprint
 CPU = torch.device("cpu")
 KERNEL = "ab/cabcdef.main.so"
 PLAN = CalibrationPlan("cskv", {"rank": 2}, ModelIdentity("Model", (), ()), {"x": torch.ones(3)}, "0.1.0")
+PLAN_FILE = f"{bundles.CALIBRATION}cskv{bundles.PLAN}"
 Files = dict[str, bytes]
 
 
@@ -81,10 +82,10 @@ def test_rewriting_as_it_was_is_accepted(path: Path, whole: Bundle) -> None:
     assert read_bundle(path) == whole
 
 
-@pytest.mark.parametrize("name", [bundles.TUNED, bundles.CALIBRATION, bundles.ARTIFACTS, bundles.KERNELS + KERNEL])
+@pytest.mark.parametrize("name", [bundles.TUNED, PLAN_FILE, bundles.ARTIFACTS, bundles.KERNELS + KERNEL])
 def test_a_changed_file_is_named(path: Path, name: str) -> None:
     files = contents(path)
-    rewritten(path, {**files, name: b"X" + files[name][1:]})
+    rewritten(path, {**files, name: bytes([files[name][0] ^ 1]) + files[name][1:]})
     with pytest.raises(BundleError, match="is not what the manifest says"):
         read_bundle(path)
 

@@ -145,9 +145,10 @@ def _node(site: AttentionSite, wanted: Wanted) -> Node:
 
 
 def _valid(mask: Tensor | None, keys: Tensor) -> Tensor:
-    """Which tokens are no padding, bool ``[B, S]``, from the mask's last row."""
+    """Which tokens are no padding, bool ``[B, S]``: those that see themselves (a window may hide all the others)."""
     batch, _, tokens, _ = keys.shape
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return allowed[:, 0, -1, -tokens:].expand(batch, -1)
+    own = allowed[:, 0, :, -tokens:]
+    return own.expand(batch, tokens, tokens).diagonal(dim1=1, dim2=2)

@@ -93,7 +93,7 @@ def _bring(path: Path, trust: bool, device: torch.device) -> Brought:
         bundle = read_bundle(path)
         plans = tuple(plan_from_bytes(content, f"{path}:{method}") for method, content in bundle.calibration.items())
     except (BundleError, CalibrationError) as error:
-        return Brought(refused=f"{error}. Nothing of {path} is used")
+        return Brought(refused=f"{error}. Nothing of it is used")
     refused = _refusal(path, bundle, trust, device)
     if refused is None and bundle.has_code:
         try:
