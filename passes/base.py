@@ -15,6 +15,7 @@ from torchaccel.kernels.spec import KVFormat
 from torchaccel.calibration.calibrator import Calibrator
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
+from torchaccel.runtime.factors import Factors
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -54,6 +55,8 @@ class Reason(Enum):
     UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
+    PRUNED_LATENTS = "every head is rebuilt from the latents of all, which evicting or pruning tokens takes apart"
+    NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
     SLOWER = "the cost model predicts that it is slower than the exact site at every length; gate=False keeps it"
@@ -94,14 +97,15 @@ class MethodOptions(BaseModel):
 class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
-    formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. keep: node int64
-    ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
-    nothing of its cache is stored.
+    formats: how keys and values are stored, None for dense; factors: of those that are latents. eviction: which tokens
+    stay, None for all. keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the
+    layer never runs in later phases, so nothing of its cache is stored.
     """
 
     window: int | None = None
     sinks: int = 0
     formats: tuple[KVFormat, KVFormat] | None = None
+    factors: tuple[Factors | None, Factors | None] = (None, None)
     eviction: Eviction | None = None
     keep: Node | None = None
     dropped: bool = False

@@ -1,6 +1,7 @@
 """The methods of the kv_compression family: one file each, listed here."""
 
 from .critic import Critic
+from .cskv import CSKV
 from .expected_attention import ExpectedAttention
 from .gear import Gear
 from .h2o import H2O
@@ -21,6 +22,7 @@ METHODS = (
     Int2,
     Gear,
     TurboQuant,
+    CSKV,
     StreamingLLMCache,
     H2O,
     SnapKV,

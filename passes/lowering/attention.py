@@ -23,6 +23,7 @@ from torchaccel.runtime.storage import Layout
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
 from .gate import Gate, Judgement
+from .latents import LatentLowering
 from .lowered import Lowered, LoweredSite
 from .prompt_outputs import prompt_outputs
 from .rotary import Rotary, find_rotary, pays
@@ -54,6 +55,7 @@ class AttentionLowering:
         self.gate = Gate(self.chooser, self._spec, gate)
         self.graph: Graph = context.graph
         self.signature = Signature(self.graph, example_inputs)
+        self.latents = LatentLowering(self.graph, context.module, self.signature)
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
 
@@ -69,7 +71,7 @@ class AttentionLowering:
             if problem is not None:
                 self.declines.append(problem)
                 continue
-            judged = self._judge(site, self.context.plan(site))
+            judged = self._judge(site, self._whole(site, self.context.plan(site)))
             plan, before = judged.plan, len(self.sites)
             if kind == "none":
                 self._lower_prompt(site, plan)
@@ -82,6 +84,13 @@ class AttentionLowering:
             for lowered in self.sites[before:]:
                 lowered.gate = judged.text
         return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines)
+
+    def _whole(self, site: AttentionSite, plan: SitePlan) -> SitePlan:
+        """The plan, without latents where tokens are not all stored."""
+        if plan.factors == (None, None) or (plan.eviction is None and plan.keep is None):
+            return plan
+        self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS))
+        return replace(plan, formats=None, factors=(None, None))
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past
@@ -132,9 +141,12 @@ class AttentionLowering:
         plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
         pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
+        of_keys, of_values = (
+            factors if fmt.kind == "latent" else None for fmt, factors in zip((keys, values), plan.factors, strict=True)
+        )
         return (
-            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction),
-            Layout(values, pruned=pruned, eviction=plan.eviction),
+            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction, factors=of_keys),
+            Layout(values, pruned=pruned, eviction=plan.eviction, factors=of_values),
         )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
@@ -204,6 +216,7 @@ class AttentionLowering:
                 positions_output,
                 tokens,
                 prompt,
+                self.latents.store(site, (key_layout, value_layout)) if _latent(key_layout, value_layout) else None,
             )
         )
         self.sites[-1].layout = _describe(key_layout)
@@ -222,9 +235,10 @@ class AttentionLowering:
         if all(isinstance(t, LogicalKV) for t in given):
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
-            if plan.eviction is not None:
+            if plan.eviction is not None or plan.factors != (None, None):
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
-            layouts = self._layouts(site, replace(plan, eviction=None))
+            formats = plan.formats if plan.factors == (None, None) else None
+            layouts = self._layouts(site, replace(plan, eviction=None, formats=formats))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
         policy = layouts[0].eviction
@@ -255,7 +269,13 @@ class AttentionLowering:
         choice = self.chooser.plan(spec, shape)
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
         rotary = False
-        if mass:
+        if _latent(*layouts):
+            fresh = self.latents.tokens(site, layouts)
+            rebuilding, first = self.latents.rebuilding(site, layouts, lens)
+            args = (site.q, *fresh, *buffers, lens, site.mask, positions, *rebuilding, choice.key())
+            self._replace(site, torch.ops.torchaccel.attend_latents.default, args)
+            binding = replace(binding, table=first)
+        elif mass:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             assert received is not None
@@ -355,6 +375,11 @@ def _unshared(spec: AttentionSpec, window: int | None, layouts: tuple[Layout, La
     if window is not None:
         return f"the layer keeps a sliding window of {window} tokens"
     return shared_prefix.unsupported(spec)
+
+
+def _latent(keys: Layout, values: Layout) -> bool:
+    """Whether keys or values are stored as latents."""
+    return keys.factors is not None or values.factors is not None
 
 
 def _describe(layout: Layout) -> str:

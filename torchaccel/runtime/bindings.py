@@ -32,7 +32,8 @@ class AppendBinding:
     for; plain tensors that a cache brings along are stored so, and prefixes that it does not share are copied. window:
     tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
     length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
-    received, where the policy wants it; group: query heads of a KV head.
+    received, where the policy wants it; group: query heads of a KV head. table: this layer's is the first with its
+    rotary table, which the graph takes.
     """
 
     key_argument: int
@@ -48,6 +49,7 @@ class AppendBinding:
     evicts: bool = False
     mass_output: int | None = None
     group: int = 1
+    table: bool = False
 
     @property
     def prefixes(self) -> int:
@@ -75,11 +77,24 @@ class PromptBinding:
 
 
 @dataclass(frozen=True)
+class LatentBinding:
+    """What is stored of a prompt as latents, as positions among the graph's results.
+
+    keys_output, values_output: latents ``[B, H_kv, S, rank]``, None where the tokens themselves are stored.
+    table_outputs: cosine and sine ``[B | 1, .., S, R]`` of keys that have rotary embedding.
+    """
+
+    keys_output: int | None
+    values_output: int | None
+    table_outputs: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class StoreBinding:
     """A layer whose prompt keys and values come out of this graph and are put into storage.
 
     positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length where
-    that cannot be read off the keys. prompt: for layouts that evict.
+    that cannot be read off the keys. prompt: for layouts that evict. latents: for layouts with factors.
     """
 
     key_output: int
@@ -89,6 +104,7 @@ class StoreBinding:
     positions_output: int | None = None
     tokens: TokenCount | None = None
     prompt: PromptBinding | None = None
+    latents: LatentBinding | None = None
 
 
 @dataclass(frozen=True)
@@ -96,9 +112,9 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, and lens (int64 ``[3]``,
-    with prefixes ``[1 + prefixes, 3]``). results: for each result of the compiled graph its position among the model's;
-    positions from ``result_count`` on are for the stores only.
+    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, lens (int64 ``[3]``, with
+    prefixes ``[1 + prefixes, 3]``), and the rotary table of the first layer that has it. results: for each result of
+    the compiled graph its position among the model's; positions from ``result_count`` on are for the stores only.
     """
 
     arguments: tuple[int, ...]

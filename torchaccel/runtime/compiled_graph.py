@@ -11,9 +11,10 @@ from torch import Tensor
 
 from torchaccel.errors import SharedPrefixError
 
-from .bindings import AppendBinding, Bindings, StoreBinding
+from .bindings import AppendBinding, Bindings, LatentBinding, StoreBinding
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
+from .rotary_table import RotaryTable, rotary_table
 from .storage import Layout, Storage
 
 
@@ -53,8 +54,9 @@ class CompiledGraph:
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
             if append.evicts:
                 self._settle(append, args, results, keys, values)
+        tables: dict[tuple[int, int], RotaryTable] = {}
         for store in bindings.stores:
-            self._store(store, args, results)
+            self._store(store, args, results, tables)
         self.counter.calls += 1
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
         self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
@@ -94,6 +96,10 @@ class CompiledGraph:
                 found = torch.tensor(lengths, dtype=torch.int64)
                 lens[lengths] = found.view(-1, 3) if binding.prefixes else found
             inputs.append(lens[lengths])
+            if key_storage.table is not None:
+                key_storage.table.reserve(logical + n)
+                if binding.table:
+                    inputs.append(key_storage.table.buf)
             end = keys.end + n
             key_storage.filled = value_storage.filled = end
         total = logical + n
@@ -117,7 +123,13 @@ class CompiledGraph:
             results[binding.key_output] = view(keys.physical, start, end, logical)
             results[binding.value_output] = view(values.physical, start, end, logical)
 
-    def _store(self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any]) -> None:
+    def _store(
+        self,
+        binding: StoreBinding,
+        args: tuple[Any, ...],
+        results: list[Any],
+        tables: dict[tuple[int, int], RotaryTable],
+    ) -> None:
         positions = logical = None
         if binding.positions_output is not None and binding.tokens is not None:
             positions, logical = results[binding.positions_output][:, None], binding.tokens.of(args)
@@ -129,8 +141,11 @@ class CompiledGraph:
                 logical = keys.shape[2]
             stored = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions)
         else:
+            table = None
+            if binding.latents is not None:
+                keys, values, table = with_latents(binding.latents, results, keys, values, tables)
             stored = (
-                compress(layouts[0], keys, logical, positions if layouts[0].positions else None),
+                compress(layouts[0], keys, logical, positions if layouts[0].positions else None, table),
                 compress(layouts[1], values, logical),
             )
         results[outputs[0]], results[outputs[1]] = stored
@@ -149,6 +164,26 @@ def prefixes(keys: Storage, values: Storage, inputs: list[Any]) -> tuple[int, ..
         inputs += [key.storage.buf, value.storage.buf]
         lengths += [0, key.tokens, key.tokens]
     return tuple(lengths)
+
+
+def with_latents(
+    binding: LatentBinding,
+    results: list[Any],
+    keys: Tensor,
+    values: Tensor,
+    tables: dict[tuple[int, int], RotaryTable],
+) -> tuple[Tensor, Tensor, RotaryTable | None]:
+    """A prompt's keys and values with their latents behind them, and the rotary table, which layers share."""
+    if binding.keys_output is not None:
+        keys = torch.cat([keys, results[binding.keys_output]], -1)
+    if binding.values_output is not None:
+        values = torch.cat([values, results[binding.values_output]], -1)
+    outputs = binding.table_outputs
+    if outputs is None:
+        return keys, values, None
+    if outputs not in tables:
+        tables[outputs] = rotary_table(results[outputs[0]], results[outputs[1]], keys.shape[0])
+    return keys, values, tables[outputs]
 
 
 def plain(argument: Any) -> Any:

@@ -14,6 +14,7 @@ from torchaccel.kernels import rotation
 from torchaccel.kernels.spec import DTYPES
 
 from .prefix import flatten, moved, read, take_rows
+from .rotary_table import RotaryTable
 from .storage import Layout, Storage, store
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ class LogicalKV(Tensor):
     physical: Storage | None
     buf: Tensor
     positions: Tensor | None
+    table: Tensor | None
     kv_layout: Layout
     start: int
     end: int
@@ -40,15 +42,23 @@ class LogicalKV(Tensor):
 
     @staticmethod
     def __new__(
-        cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any, prefixes: Sequence[Tensor] = ()
+        cls,
+        layout: Layout,
+        buf: Tensor,
+        positions: Tensor | None,
+        size: Any,
+        prefixes: Sequence[Tensor] = (),
+        table: Tensor | None = None,
     ) -> LogicalKV:
-        """Wrap ``buf``; ``size`` is the logical shape, ``prefixes`` the buffers of what the rows share."""
+        """Wrap ``buf``; ``size`` is the logical shape, ``prefixes`` the buffers of what the rows share, ``table`` that
+        of a rotary table."""
         wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
         )
         wrapper.kv_layout = layout
         wrapper.buf = buf
         wrapper.positions = positions
+        wrapper.table = table
         wrapper.physical = None
         for name, prefix in zip(prefix_names(layout), prefixes, strict=True):
             setattr(wrapper, name, prefix)
@@ -59,13 +69,13 @@ class LogicalKV(Tensor):
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], Layout]:
-        names = ["buf"] if self.positions is None else ["buf", "positions"]
+        names = ["buf", *(name for name in ("positions", "table") if getattr(self, name) is not None)]
         return names + prefix_names(self.kv_layout), self.kv_layout
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
         prefixes = [inner[name] for name in prefix_names(layout)]
-        return LogicalKV(layout, inner["buf"], inner.get("positions"), size, prefixes)
+        return LogicalKV(layout, inner["buf"], inner.get("positions"), size, prefixes, inner.get("table"))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
@@ -120,7 +130,7 @@ class LogicalKV(Tensor):
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
         tokens = read(live(self), self.start, self.end, self.age)
-        return rotation.restored(self.kv_layout.format, tokens)
+        return rotation.restored(self.kv_layout.format, tokens[..., : self.kv_layout.format.head_dim])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -152,7 +162,9 @@ def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     size = (buf.shape[0], buf.shape[1], logical, storage.layout.format.head_dim)
     # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
     with torch.inference_mode(False):
-        kv = LogicalKV(storage.layout, buf, storage.positions, size, [p.storage.buf for p in storage.prefixes])
+        shared = [prefix.storage.buf for prefix in storage.prefixes]
+        table = None if storage.table is None else storage.table.buf
+        kv = LogicalKV(storage.layout, buf, storage.positions, size, shared, table)
     kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
     kv.generation = storage.generation
     storage.views[id(kv)] = kv
@@ -161,15 +173,22 @@ def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     return kv
 
 
-def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positions: Tensor | None = None) -> LogicalKV:
-    """A logical tensor of its own storage from ``tokens`` ``[B, H, n, D]``; ``logical`` columns when some were pruned.
+def compress(
+    layout: Layout,
+    tokens: Tensor,
+    logical: int | None = None,
+    positions: Tensor | None = None,
+    table: RotaryTable | None = None,
+) -> LogicalKV:
+    """A logical tensor of its own storage from ``tokens`` ``[B, H, n, width]``; ``logical`` columns when some were
+    pruned.
 
-    positions: integers ``[B, 1 | H, n]``, the column of each token.
+    positions: integers ``[B, 1 | H, n]``, the column of each token. table: for layouts that are ``turned``.
     """
     n = tokens.shape[2]
     logical = n if logical is None else logical
     kept = 0 if layout.format.kind == "empty" else n
-    return view(store(layout, tokens, logical, positions), 0, kept, logical)
+    return view(store(layout, tokens, logical, positions, table), 0, kept, logical)
 
 
 def live(kv: LogicalKV) -> Storage:
@@ -246,6 +265,8 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
     storage = live(kv)
     if storage.layout.format.kind == "empty":
         return view(storage, 0, 0, hi - lo)
+    if storage.layout.turned and lo:
+        return NotImplemented  # slots of latents are columns, by which their keys are embedded
     if storage.layout.pruned:
         if lo or hi < storage.contiguous_from:
             raise EvictedTokensError(

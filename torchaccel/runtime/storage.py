@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchaccel.kernels import kv_format, registry, rotation
+from torchaccel.kernels import kv_format, latents, registry, rotation
 from torchaccel.kernels.spec import KVFormat
 
 from .eviction import Eviction, EvictionRecord
+from .factors import Factors
+from .rotary_table import RotaryTable
 
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
 # in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
@@ -28,7 +30,7 @@ class Layout:
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
     the same slots need none). eviction: the policy by which tokens go. prefixes: number of buffers of other storages
-    that hold the first columns.
+    that hold the first columns. factors: of a format that stores latents.
     """
 
     format: KVFormat
@@ -36,11 +38,17 @@ class Layout:
     pruned: bool = False
     eviction: Eviction | None = None
     prefixes: int = 0
+    factors: Factors | None = None
+
+    @property
+    def turned(self) -> bool:
+        """Whether tokens are embedded by their position when they are read, for which a storage has a rotary table."""
+        return self.factors is not None and self.factors.rotary > 0
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Tokens ``[B, H, n, D]`` that stood in slots ``first ..`` before they were given up for others."""
+    """Tokens ``[B, H, n, width]`` that stood in slots ``first ..`` before they were given up for others."""
 
     first: int
     tokens: Tensor
@@ -75,16 +83,19 @@ class Storage:
         positions: Tensor | None,
         contiguous_from: int,
         prefixes: tuple[Prefix, ...] = (),
+        table: RotaryTable | None = None,
     ):
         """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, 1 | H, C]``.
 
         contiguous_from: logical column from which on every column has a slot (0 when nothing was pruned). prefixes:
-        what the rows share, that of most rows first; their number replaces the layout's.
+        what the rows share, that of most rows first; their number replaces the layout's. table: for layouts that are
+        ``turned``.
         """
         self.layout = replace(layout, prefixes=len(prefixes))
         self.buf = buf
         self.filled = filled
         self.positions = positions
+        self.table = table
         self.contiguous_from = contiguous_from
         self.capacity = kv_format.capacity(layout.format, buf)
         self.record: EvictionRecord | None = None
@@ -110,20 +121,24 @@ class Storage:
         return self.buf.nbytes + columns + (sum(x.nbytes for x in self.record.state.values()) if self.record else 0)
 
     @property
-    def parts(self) -> tuple[Storage, ...]:
-        """The storages behind a row: those of its prefixes and this one."""
-        return (*(prefix.storage for prefix in self.prefixes), self)
+    def parts(self) -> tuple[Storage | RotaryTable, ...]:
+        """What memory is behind a row: the storages of its prefixes, this one, and its table."""
+        own: tuple[Storage | RotaryTable, ...] = (self,) if self.table is None else (self, self.table)
+        return (*(prefix.storage for prefix in self.prefixes), *own)
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
         return all(cut.first >= end for cut in self.cuts[age:])
 
     def read(self, start: int, end: int, age: int | None = None) -> Tensor:
-        """Slots ``start .. end`` as ``[B, H, n, D]`` in the model's dtype, as they were at cut number ``age``."""
+        """Slots ``start .. end`` as ``[B, H, n, width]`` in the model's dtype, as they were at cut number ``age``.
+
+        Behind the D numbers of a token stand its latents, where the format has such.
+        """
         age = len(self.cuts) if age is None else age
         if self.intact(end, age):
-            return kv_format.read(self.layout.format, self.buf, start, end, self.filled)
-        present = kv_format.read(self.layout.format, self.buf, start, min(end, self.filled), self.filled)
+            return self._present(start, end)
+        present = self._present(start, min(end, self.filled))
         tokens = present.new_empty(*present.shape[:2], end - start, present.shape[3])
         tokens[:, :, : present.shape[2]].copy_(present)
         for cut in reversed(self.cuts[age:]):
@@ -131,6 +146,15 @@ class Storage:
             if low < high:
                 tokens[:, :, low - start : high - start].copy_(cut.tokens[:, :, low - cut.first : high - cut.first])
         return tokens
+
+    def _present(self, start: int, end: int) -> Tensor:
+        """Slots ``start .. end`` as they are now, as ``read`` gives them."""
+        fmt, factors = self.layout.format, self.layout.factors
+        if factors is None:
+            return kv_format.read(fmt, self.buf, start, end, self.filled)
+        columns = torch.arange(start, max(start, end), device=self.buf.device).expand(self.buf.shape[0], -1)
+        table = None if self.table is None else self.table.buf
+        return latents.read_wide(fmt, self.buf, start, end, self.filled, factors.projection, table, columns)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -160,8 +184,10 @@ class Storage:
             return
         fmt = self.layout.format
         if any(view.end > end for view in self.views.values()):
-            self.cuts.append(Cut(end, kv_format.read(fmt, self.buf, end, self.filled, self.filled).clone()))
-        kv_format.truncate(fmt, self.buf, self.filled, end)
+            self.cuts.append(Cut(end, self._present(end, self.filled).clone()))
+        # Tokens of a block that is opened again are as exact as their latents from then on.
+        reopened = None if self.layout.factors is None else self._present(fmt.quantised(end), end)
+        kv_format.truncate(fmt, self.buf, self.filled, end, reopened)
         if self.record is not None:
             for x in self.record.state.values():
                 x[..., end:] = 0  # what comes next begins anew
@@ -196,7 +222,8 @@ class Storage:
             kv_format.tail(fmt, buf)[:, :, : end - done].copy_(pick(self.read(done, end)))
         elif fmt.kind != "empty":
             kv_format.append(fmt, buf, 0, pick(self.read(base, end, age)))
-        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes)
+        table = self.table if batch is None or self.table is None else self.table.taken(batch)
+        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes, table)
         if self.record is not None:
             room = new.capacity - (end - base)
             state = {
@@ -215,10 +242,13 @@ def grown(need: int) -> int:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None = None) -> Storage:
-    """Compress ``tokens`` ``[B, H, n, D]`` into a new storage.
+def store(
+    layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None = None, table: RotaryTable | None = None
+) -> Storage:
+    """Compress ``tokens`` ``[B, H, n, width]`` into a new storage.
 
     positions: integers ``[B, 1 | H, n]``, the column of each token, for layouts with positions; None for 0 .. n.
+    table: for layouts that are ``turned``.
     """
     batch, heads, n, _ = tokens.shape
     buf = kv_format.allocate(layout.format, batch, heads, grown(n), tokens.device)
@@ -230,4 +260,4 @@ def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None
         columns = torch.arange(n, device=tokens.device).view(1, 1, -1) if positions is None else positions
         slots = torch.empty(batch, columns.shape[1], room, dtype=torch.int32, device=tokens.device)
         slots[..., :n] = columns.to(torch.int32)
-    return Storage(layout, buf, n, slots, logical if layout.pruned else 0)
+    return Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
