@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, registry, shared_prefix
+from . import kv_format, mixed_precision, registry, shared_prefix
 from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
@@ -30,6 +30,8 @@ _SCHEMAS = {
     "attend_latents": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!)? positions, Tensor? projection, Tensor? table, Tensor? value_projection, str plan) "
     "-> Tensor",
+    "attend_mixed": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!) positions, Tensor[] classes, str plan, str high_plan, str low_plan) -> Tensor",
     "extend_rotary": "(Tensor(a!) table, Tensor cos, Tensor sin, Tensor lens) -> ()",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
@@ -57,6 +59,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_shared", _attend_shared, key)
         lib.impl("attend_rotary", _attend_rotary, key)
         lib.impl("attend_latents", _attend_latents, key)
+        lib.impl("attend_mixed", _attend_mixed, key)
         lib.impl("extend_rotary", _extend_rotary, key)
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
@@ -66,7 +69,15 @@ def library() -> torch.library.Library:
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
-    for name in ("attend", "attend_shared", "attend_rotary", "attend_latents", "attend_static", "attend_prompt"):
+    for name in (
+        "attend",
+        "attend_shared",
+        "attend_rotary",
+        "attend_latents",
+        "attend_mixed",
+        "attend_static",
+        "attend_prompt",
+    ):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
@@ -189,6 +200,28 @@ def _attend_latents(
     rebuilding = None, None, None, None, projection, table, value_projection
     out: Tensor = registry.attend(plan)(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, *rebuilding)
     return out
+
+
+def _attend_mixed(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    classes: list[Tensor],
+    plan: str,
+    high_plan: str,
+    low_plan: str,
+) -> Tensor:
+    """lens: int64 ``[3, 3]``, of the newest tokens and of each class; classes: keys, values, positions of each."""
+    tokens = [end for _, end, _ in lens.tolist()[1:]]
+    parts = zip(classes[::3], classes[1::3], tokens, classes[2::3], strict=True)
+    members = [mixed_precision.TokenClass(*part) for part in parts]
+    kernels = [registry.attend(of) for of in (high_plan, low_plan, plan)]
+    return mixed_precision.attend(kernels, members, q, k_new, v_new, k_buf, v_buf, lens[0], mask, positions)
 
 
 def _extend_rotary(table: Tensor, cos: Tensor, sin: Tensor, lens: Tensor) -> None:

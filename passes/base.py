@@ -16,6 +16,7 @@ from torchaccel.calibration.calibrator import Calibrator
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.factors import Factors
+from torchaccel.runtime.mixing import Mixing
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -56,6 +57,7 @@ class Reason(Enum):
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
     PRUNED_LATENTS = "every head is rebuilt from the latents of all, which evicting or pruning tokens takes apart"
+    PRUNED_CLASSES = "tokens are sorted into classes when all are there, not after some were evicted or pruned"
     NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
@@ -97,15 +99,17 @@ class MethodOptions(BaseModel):
 class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
-    formats: how keys and values are stored, None for dense; factors: of those that are latents. eviction: which tokens
-    stay, None for all. keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the
-    layer never runs in later phases, so nothing of its cache is stored.
+    formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens are
+    sorted into classes with formats of their own. eviction: which tokens stay, None for all. keep: node int64
+    ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
+    nothing of its cache is stored.
     """
 
     window: int | None = None
     sinks: int = 0
     formats: tuple[KVFormat, KVFormat] | None = None
     factors: tuple[Factors | None, Factors | None] = (None, None)
+    mixing: Mixing | None = None
     eviction: Eviction | None = None
     keep: Node | None = None
     dropped: bool = False

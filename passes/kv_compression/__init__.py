@@ -15,6 +15,7 @@ from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
 from .turboquant import TurboQuant
+from .zipcache import ZipCache
 
 METHODS = (
     Int8,
@@ -23,6 +24,7 @@ METHODS = (
     Gear,
     TurboQuant,
     CSKV,
+    ZipCache,
     StreamingLLMCache,
     H2O,
     SnapKV,

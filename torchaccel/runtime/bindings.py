@@ -33,7 +33,8 @@ class AppendBinding:
     tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
     length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
     received, where the policy wants it; group: query heads of a KV head. table: this layer's is the first with its
-    rotary table, which the graph takes.
+    rotary table, which the graph takes. queries_output: result that holds the queries ``[B, H, Q, D]``, of layouts that
+    are mixed; scale: of q . k.
     """
 
     key_argument: int
@@ -50,11 +51,18 @@ class AppendBinding:
     mass_output: int | None = None
     group: int = 1
     table: bool = False
+    queries_output: int | None = None
+    scale: float = 1.0
 
     @property
     def prefixes(self) -> int:
         """Number of shared prefixes whose buffers the graph takes."""
         return self.key_layout.prefixes
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the graph takes the buffers of classes of tokens."""
+        return self.key_layout.mixing is not None
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,9 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, lens (int64 ``[3]``, with
-    prefixes ``[1 + prefixes, 3]``), and the rotary table of the first layer that has it. results: for each result of
+    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, key buffer, value
+    buffer and positions of each class and the scale of values (when mixed), lens (int64 ``[3]``, with prefixes or
+    classes ``[1 + their number, 3]``), and the rotary table of the first layer that has it. results: for each result of
     the compiled graph its position among the model's; positions from ``result_count`` on are for the stores only.
     """
 

@@ -14,6 +14,7 @@ from torchaccel.errors import SharedPrefixError
 from .bindings import AppendBinding, Bindings, LatentBinding, StoreBinding
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
+from .mixed import sort_newest, store_mixed
 from .rotary_table import RotaryTable, rotary_table
 from .storage import Layout, Storage
 
@@ -54,6 +55,8 @@ class CompiledGraph:
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
             if append.evicts:
                 self._settle(append, args, results, keys, values)
+            if append.queries_output is not None:
+                self._sort(append, results, keys, values)
         tables: dict[tuple[int, int], RotaryTable] = {}
         for store in bindings.stores:
             self._store(store, args, results, tables)
@@ -92,9 +95,11 @@ class CompiledGraph:
                 inputs.append(key_storage.positions)
             if binding.prefixes:
                 lengths += prefixes(key_storage, value_storage, inputs)
+            if binding.mixed:
+                lengths += classes(key_storage, value_storage, logical, inputs)
             if lengths not in lens:
                 found = torch.tensor(lengths, dtype=torch.int64)
-                lens[lengths] = found.view(-1, 3) if binding.prefixes else found
+                lens[lengths] = found.view(-1, 3) if binding.prefixes or binding.mixed else found
             inputs.append(lens[lengths])
             if key_storage.table is not None:
                 key_storage.table.reserve(logical + n)
@@ -123,6 +128,13 @@ class CompiledGraph:
             results[binding.key_output] = view(keys.physical, start, end, logical)
             results[binding.value_output] = view(values.physical, start, end, logical)
 
+    def _sort(self, binding: AppendBinding, results: list[Any], keys: LogicalKV, values: LogicalKV) -> None:
+        assert keys.physical is not None and values.physical is not None and binding.queries_output is not None
+        left = sort_newest(keys, values, results[binding.queries_output], binding.scale)
+        if left != keys.end:
+            results[binding.key_output] = view(keys.physical, 0, left, keys.shape[2])
+            results[binding.value_output] = view(values.physical, 0, left, keys.shape[2])
+
     def _store(
         self,
         binding: StoreBinding,
@@ -136,7 +148,9 @@ class CompiledGraph:
         outputs = binding.key_output, binding.value_output
         layouts = binding.key_layout, binding.value_layout
         keys, values = (results[output] for output in outputs)
-        if binding.prompt is not None:
+        if binding.prompt is not None and layouts[0].mixing is not None:
+            stored = store_mixed(layouts, binding.prompt, results, keys, values)
+        elif binding.prompt is not None:
             if logical is None:
                 logical = keys.shape[2]
             stored = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions)
@@ -163,6 +177,16 @@ def prefixes(keys: Storage, values: Storage, inputs: list[Any]) -> tuple[int, ..
             )
         inputs += [key.storage.buf, value.storage.buf]
         lengths += [0, key.tokens, key.tokens]
+    return tuple(lengths)
+
+
+def classes(keys: Storage, values: Storage, logical: int, inputs: list[Any]) -> tuple[int, ...]:
+    """Append the buffers of the classes of tokens to ``inputs``; returns the lens of each class, one after another."""
+    lengths: list[int] = []
+    for key, value in zip(keys.classes, values.classes, strict=True):
+        inputs += [key.buf, value.buf, key.positions]
+        lengths += [0, key.filled, logical]
+    inputs.append(values.scale)
     return tuple(lengths)
 
 

@@ -28,8 +28,26 @@ def store_prompt(
     """
     policy = layouts[0].eviction
     assert policy is not None
+    prompt = prompt_of(layouts, binding, results, keys, values)
+    kept = policy.keep(prompt)
+    where = kept[..., None].expand(-1, -1, -1, keys.shape[3])
+    if columns is not None:
+        columns = columns.expand(-1, keys.shape[1], -1).gather(2, kept)
+    stored = compress(layouts[0], keys.gather(2, where), logical, kept if columns is None else columns)
+    storage = stored.physical
+    assert storage is not None
+    room = storage.capacity - kept.shape[2]
+    state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
+    storage.record = EvictionRecord(state, policy.capacity(prompt))
+    return stored, compress(layouts[1], values.gather(2, where), logical)
+
+
+def prompt_of(
+    layouts: tuple[Layout, Layout], binding: PromptBinding, results: list[Any], keys: Tensor, values: Tensor
+) -> Prompt:
+    """What the policy of ``layouts`` is told of a prompt with keys and values ``[B, H_kv, S, D]``."""
     tables = binding.table_outputs
-    prompt = Prompt(
+    return Prompt(
         queries=results[binding.queries_output],
         keys=keys,
         values=values,
@@ -43,17 +61,6 @@ def store_prompt(
         tables=None if tables is None else (results[tables[0]], results[tables[1]]),
         pairs=binding.pairs,
     )
-    kept = policy.keep(prompt)
-    where = kept[..., None].expand(-1, -1, -1, keys.shape[3])
-    if columns is not None:
-        columns = columns.expand(-1, keys.shape[1], -1).gather(2, kept)
-    stored = compress(layouts[0], keys.gather(2, where), logical, kept if columns is None else columns)
-    storage = stored.physical
-    assert storage is not None
-    room = storage.capacity - kept.shape[2]
-    state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
-    storage.record = EvictionRecord(state, policy.capacity(prompt))
-    return stored, compress(layouts[1], values.gather(2, where), logical)
 
 
 def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor | None, fresh: int, group: int) -> tuple[int, int]:

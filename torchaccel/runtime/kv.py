@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torchaccel.kernels.spec import DTYPES
 
 from .prefix import flatten, moved, read, take_rows
 from .rotary_table import RotaryTable
-from .storage import Layout, Storage, store
+from .storage import Layout, Storage, store, unsorted
 
 aten = torch.ops.aten
 
@@ -32,8 +32,6 @@ class LogicalKV(Tensor):
 
     physical: Storage | None
     buf: Tensor
-    positions: Tensor | None
-    table: Tensor | None
     kv_layout: Layout
     start: int
     end: int
@@ -41,27 +39,16 @@ class LogicalKV(Tensor):
     generation: int
 
     @staticmethod
-    def __new__(
-        cls,
-        layout: Layout,
-        buf: Tensor,
-        positions: Tensor | None,
-        size: Any,
-        prefixes: Sequence[Tensor] = (),
-        table: Tensor | None = None,
-    ) -> LogicalKV:
-        """Wrap ``buf``; ``size`` is the logical shape, ``prefixes`` the buffers of what the rows share, ``table`` that
-        of a rotary table."""
+    def __new__(cls, layout: Layout, buf: Tensor, inner: Mapping[str, Tensor], size: Any) -> LogicalKV:
+        """Wrap ``buf``; ``size`` is the logical shape, ``inner`` the other tensors of a storage, by ``inner_names``."""
         wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
         )
         wrapper.kv_layout = layout
         wrapper.buf = buf
-        wrapper.positions = positions
-        wrapper.table = table
         wrapper.physical = None
-        for name, prefix in zip(prefix_names(layout), prefixes, strict=True):
-            setattr(wrapper, name, prefix)
+        for name in inner_names(layout):
+            setattr(wrapper, name, inner[name])
         return wrapper
 
     # The wrapper's attributes are all set in __new__: Tensor.__init__ must not see them.
@@ -69,13 +56,11 @@ class LogicalKV(Tensor):
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], Layout]:
-        names = ["buf", *(name for name in ("positions", "table") if getattr(self, name) is not None)]
-        return names + prefix_names(self.kv_layout), self.kv_layout
+        return ["buf", *inner_names(self.kv_layout)], self.kv_layout
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
-        prefixes = [inner[name] for name in prefix_names(layout)]
-        return LogicalKV(layout, inner["buf"], inner.get("positions"), size, prefixes, inner.get("table"))
+        return LogicalKV(layout, inner["buf"], inner, size)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
@@ -122,13 +107,15 @@ class LogicalKV(Tensor):
         if self.physical is None:
             # Tracing with fake tensors: only shape, dtype and device exist.
             return self.buf.new_empty(self.shape, dtype=self.dtype)
-        kept = self.physical.offset + self.end - self.start
+        kept = self.physical.offset + self.physical.sorted + self.end - self.start
         if kept != self.shape[2]:
             raise EvictedTokensError(
                 f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {kept} of them "
                 f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.pruned else ''}); pass this "
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
+        if self.physical.classes:
+            return live(self).merged(self.start, self.end, self.age)
         tokens = read(live(self), self.start, self.end, self.age)
         return rotation.restored(self.kv_layout.format, tokens[..., : self.kv_layout.format.head_dim])
 
@@ -156,15 +143,23 @@ def prefix_names(layout: Layout) -> list[str]:
     return [f"prefix{index}" for index in range(layout.prefixes)]
 
 
+def inner_names(layout: Layout) -> list[str]:
+    """The attributes of a logical tensor that hold the tensors of its storage besides ``buf``."""
+    names = ["positions"] * layout.positions + ["table"] * layout.turned + prefix_names(layout)
+    if layout.mixing is not None:
+        numbers = range(len(layout.mixing.formats))
+        names += [f"class{index}" for index in numbers]
+        names += [f"places{index}" for index in numbers] if layout.positions else ["scale"]
+    return names
+
+
 def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     """A logical tensor of length ``logical`` over slots ``start .. end``, marked dynamic for Dynamo."""
     buf = storage.buf
     size = (buf.shape[0], buf.shape[1], logical, storage.layout.format.head_dim)
     # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
     with torch.inference_mode(False):
-        shared = [prefix.storage.buf for prefix in storage.prefixes]
-        table = None if storage.table is None else storage.table.buf
-        kv = LogicalKV(storage.layout, buf, storage.positions, size, shared, table)
+        kv = LogicalKV(storage.layout, buf, storage.inner, size)
     kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
     kv.generation = storage.generation
     storage.views[id(kv)] = kv
@@ -267,6 +262,9 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
         return view(storage, 0, 0, hi - lo)
     if storage.layout.turned and lo:
         return NotImplemented  # slots of latents are columns, by which their keys are embedded
+    if storage.layout.mixing is not None and not lo and hi < storage.contiguous_from:
+        # How many tokens of a class go differs between heads: all wait to be sorted anew.
+        return view(unsorted(storage, kv.dense()[:, :, :hi]), 0, hi, hi)
     if storage.layout.pruned:
         if lo or hi < storage.contiguous_from:
             raise EvictedTokensError(

@@ -14,6 +14,7 @@ from torchaccel.kernels.spec import KVFormat
 
 from .eviction import Eviction, EvictionRecord
 from .factors import Factors
+from .mixing import Mixing
 from .rotary_table import RotaryTable
 
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
@@ -30,7 +31,8 @@ class Layout:
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
     the same slots need none). eviction: the policy by which tokens go. prefixes: number of buffers of other storages
-    that hold the first columns. factors: of a format that stores latents.
+    that hold the first columns. factors: of a format that stores latents. mixing: how all
+    but the newest tokens are sorted into classes.
     """
 
     format: KVFormat
@@ -39,6 +41,7 @@ class Layout:
     eviction: Eviction | None = None
     prefixes: int = 0
     factors: Factors | None = None
+    mixing: Mixing | None = None
 
     @property
     def turned(self) -> bool:
@@ -84,18 +87,23 @@ class Storage:
         contiguous_from: int,
         prefixes: tuple[Prefix, ...] = (),
         table: RotaryTable | None = None,
+        classes: tuple[Storage, ...] = (),
+        scale: Tensor | None = None,
     ):
         """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, 1 | H, C]``.
 
         contiguous_from: logical column from which on every column has a slot (0 when nothing was pruned). prefixes:
         what the rows share, that of most rows first; their number replaces the layout's. table: for layouts that are
-        ``turned``.
+        ``turned``. classes, scale: for layouts that are mixed, the other tokens, whose columns are stored with them,
+        and of values what all were divided by ``[B, H, 1, D]``.
         """
         self.layout = replace(layout, prefixes=len(prefixes))
         self.buf = buf
         self.filled = filled
         self.positions = positions
         self.table = table
+        self.classes = classes
+        self.scale = scale
         self.contiguous_from = contiguous_from
         self.capacity = kv_format.capacity(layout.format, buf)
         self.record: EvictionRecord | None = None
@@ -117,14 +125,28 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes allocated: tokens, columns, and what a policy remembers."""
-        columns = 0 if self.positions is None else self.positions.nbytes
-        return self.buf.nbytes + columns + (sum(x.nbytes for x in self.record.state.values()) if self.record else 0)
+        further = [*(self.record.state.values() if self.record else ()), self.positions, self.scale]
+        return self.buf.nbytes + sum(x.nbytes for x in further if x is not None)
+
+    @property
+    def inner(self) -> dict[str, Tensor]:
+        """The tensors that a graph reads besides ``buf``, by the names of ``kv.inner_names``."""
+        found = {"positions": self.positions, "table": self.table and self.table.buf, "scale": self.scale}
+        found |= {f"prefix{index}": prefix.storage.buf for index, prefix in enumerate(self.prefixes)}
+        for index, part in enumerate(self.classes):
+            found |= {f"class{index}": part.buf, f"places{index}": part.positions}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def sorted(self) -> int:
+        """Tokens of each head that are in classes."""
+        return sum(part.filled for part in self.classes)
 
     @property
     def parts(self) -> tuple[Storage | RotaryTable, ...]:
-        """What memory is behind a row: the storages of its prefixes, this one, and its table."""
+        """What memory is behind a row: the storages of its prefixes and classes, this one, and its table."""
         own: tuple[Storage | RotaryTable, ...] = (self,) if self.table is None else (self, self.table)
-        return (*(prefix.storage for prefix in self.prefixes), *own)
+        return (*(prefix.storage for prefix in self.prefixes), *self.classes, *own)
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
@@ -155,6 +177,16 @@ class Storage:
         columns = torch.arange(start, max(start, end), device=self.buf.device).expand(self.buf.shape[0], -1)
         table = None if self.table is None else self.table.buf
         return latents.read_wide(fmt, self.buf, start, end, self.filled, factors.projection, table, columns)
+
+    def merged(self, start: int, end: int, age: int) -> Tensor:
+        """The tokens of all classes and slots ``start .. end``, in the order of their columns: ``[B, H, n, D]``."""
+        parts = [part.read(0, part.filled) for part in self.classes]
+        tokens = torch.cat([*parts, self.read(start, end, age)], 2)
+        places = [part.positions[..., : part.filled].long() for part in self.classes if part.positions is not None]
+        last = torch.arange(self.sorted, tokens.shape[2], device=tokens.device)
+        where = torch.cat([*places, last.expand(*tokens.shape[:2], -1)], 2)[..., None].expand_as(tokens)
+        tokens = torch.empty_like(tokens).scatter_(2, where, tokens)
+        return tokens if self.scale is None else tokens * self.scale
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -224,6 +256,8 @@ class Storage:
             kv_format.append(fmt, buf, 0, pick(self.read(base, end, age)))
         table = self.table if batch is None or self.table is None else self.table.taken(batch)
         new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes, table)
+        new.classes = tuple(part.copy(0, part.filled, 1, batch)[0] for part in self.classes)
+        new.scale = None if self.scale is None else pick(self.scale)
         if self.record is not None:
             room = new.capacity - (end - base)
             state = {
@@ -261,3 +295,35 @@ def store(
         slots = torch.empty(batch, columns.shape[1], room, dtype=torch.int32, device=tokens.device)
         slots[..., :n] = columns.to(torch.int32)
     return Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def waiting(
+    layout: Layout,
+    tokens: Tensor,
+    first: int,
+    classes: tuple[Storage, ...],
+    scale: Tensor | None = None,
+    room: int = 0,
+) -> Storage:
+    """A mixed storage of ``tokens`` ``[B, H, n, D]`` of columns ``first ..`` that wait to be sorted into ``classes``.
+
+    scale: what the tokens were divided by. room: for so many tokens more.
+    """
+    batch, heads, n, _ = tokens.shape
+    buf = kv_format.allocate(layout.format, batch, heads, grown(n + room), tokens.device)
+    buf[:, :, :n] = tokens
+    slots = None
+    if layout.positions:
+        slots = torch.empty(batch, 1, buf.shape[2], dtype=torch.int32, device=tokens.device)
+        slots[..., :n] = torch.arange(first, first + n, device=tokens.device)
+    return Storage(layout, buf, n, slots, first, classes=classes, scale=scale)
+
+
+def unsorted(storage: Storage, tokens: Tensor) -> Storage:
+    """A mixed storage like ``storage`` of other tokens ``[B, H, n, D]``, all of which wait to be sorted."""
+    divided = tokens if storage.scale is None else tokens / storage.scale
+    none = torch.empty(*divided.shape[:2], 0, dtype=torch.int64, device=divided.device)
+    empty = tuple(store(part.layout, divided[:, :, :0], 0, none) for part in storage.classes)
+    return waiting(storage.layout, divided, 0, empty, storage.scale)
