@@ -26,12 +26,12 @@ def decode_attention(
     sin: Tensor | None = None,
     projection: Tensor | None = None,
     table: Tensor | None = None,
+    value_projection: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append, read the cache back and call scaled_dot_product_attention; arguments as in the reference."""
     if beyond_sdpa(spec) or k_new is None or v_new is None:
-        return reference.decode_attention(
-            spec, q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin, projection, table
-        )
+        more = index, head_windows, cos, sin, projection, table, value_projection
+        return reference.decode_attention(spec, q, k_new, v_new, k_buf, v_buf, lens, mask, positions, *more)
     q, k_new = rotary.rotated(spec, q, cos, sin), rotary.rotated(spec, k_new, cos, sin)
     start, end, logical = (int(x) for x in lens)
     n = q.shape[2]
@@ -73,7 +73,7 @@ def prefill_attention(
 
 def beyond_sdpa(spec: AttentionSpec) -> bool:
     """Whether the spec asks for what scaled_dot_product_attention cannot do, so that only the reference remains."""
-    latent = spec.key_format.kind == "latent"
+    latent = "latent" in (spec.key_format.kind, spec.value_format.kind)
     return (
         spec.softcap is not None or spec.index != "contiguous" or spec.head_windows or spec.lse or spec.mass or latent
     )

@@ -182,7 +182,7 @@ def _encoded(fmt: KVFormat, x: Tensor) -> tuple[Tensor, ...]:
 def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tensor:
     """Slots ``start .. end`` as ``[B, H, end - start, width]`` in ``fmt.dtype``; ``filled`` is what the buffer holds.
 
-    Raises ``ValueError`` for latent tokens in blocks, which ``latent_keys.read`` rebuilds, and for the empty format.
+    Raises ``ValueError`` for latent tokens in blocks, which ``latents.read`` rebuilds, and for the empty format.
     """
     if fmt.kind == "dense":
         return buf[:, :, start:end]
@@ -193,7 +193,7 @@ def read(fmt: KVFormat, buf: Tensor, start: int, end: int, filled: int) -> Tenso
     if start < min(end, done):
         if fmt.kind == "latent":
             raise ValueError(
-                f"of slots {start} to {min(end, done)} only latents are stored; latent_keys.read rebuilds their keys"
+                f"of slots {start} to {min(end, done)} only latents are stored; latents.read rebuilds their keys"
             )
         lo, hi = start // fmt.block, -(-min(end, done) // fmt.block)
         codes, *stored = (t[:, :, lo:hi] for t in blocks(fmt, buf))

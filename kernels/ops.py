@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, registry, shared_prefix
+from . import kv_format, mixed_precision, registry, shared_prefix
 from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
@@ -27,6 +27,12 @@ _SCHEMAS = {
     "Tensor? mask, Tensor[] prefixes, str plan, str prefix_plan) -> Tensor",
     "attend_rotary": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!)? positions, Tensor cos, Tensor sin, str plan) -> Tensor",
+    "attend_latents": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!)? positions, Tensor? projection, Tensor? table, Tensor? value_projection, str plan) "
+    "-> Tensor",
+    "attend_mixed": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!) positions, Tensor[] classes, str plan, str high_plan, str low_plan) -> Tensor",
+    "extend_rotary": "(Tensor(a!) table, Tensor cos, Tensor sin, Tensor lens) -> ()",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
@@ -52,6 +58,9 @@ def library() -> torch.library.Library:
         lib.impl("attend_with", _attend_with, key)
         lib.impl("attend_shared", _attend_shared, key)
         lib.impl("attend_rotary", _attend_rotary, key)
+        lib.impl("attend_latents", _attend_latents, key)
+        lib.impl("attend_mixed", _attend_mixed, key)
+        lib.impl("extend_rotary", _extend_rotary, key)
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
@@ -60,13 +69,22 @@ def library() -> torch.library.Library:
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
-    for name in ("attend", "attend_shared", "attend_rotary", "attend_static", "attend_prompt"):
+    for name in (
+        "attend",
+        "attend_shared",
+        "attend_rotary",
+        "attend_latents",
+        "attend_mixed",
+        "attend_static",
+        "attend_prompt",
+    ):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
     torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
+    torch.library.register_fake("torchaccel::extend_rotary", lambda *_: None, lib=lib)
     torch.library.register_fake("torchaccel::select_blocks", _select_blocks_fake, lib=lib)
     torch.library.register_fake("torchaccel::select_prompt_blocks", _select_prompt_blocks_fake, lib=lib)
     return lib
@@ -162,6 +180,56 @@ def _attend_rotary(
     run = registry.attend(plan)
     out: Tensor = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, None, None, cos, sin)
     return out
+
+
+def _attend_latents(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    projection: Tensor | None,
+    table: Tensor | None,
+    value_projection: Tensor | None,
+    plan: str,
+) -> Tensor:
+    """k_new, v_new: with their latents behind them; projections and table: see ``latents.rebuild``."""
+    rebuilding = None, None, None, None, projection, table, value_projection
+    out: Tensor = registry.attend(plan)(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, *rebuilding)
+    return out
+
+
+def _attend_mixed(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    classes: list[Tensor],
+    plan: str,
+    high_plan: str,
+    low_plan: str,
+) -> Tensor:
+    """lens: int64 ``[3, 3]``, of the newest tokens and of each class; classes: keys, values, positions of each."""
+    tokens = [end for _, end, _ in lens.tolist()[1:]]
+    parts = zip(classes[::3], classes[1::3], tokens, classes[2::3], strict=True)
+    members = [mixed_precision.TokenClass(*part) for part in parts]
+    kernels = [registry.attend(of) for of in (high_plan, low_plan, plan)]
+    return mixed_precision.attend(kernels, members, q, k_new, v_new, k_buf, v_buf, lens[0], mask, positions)
+
+
+def _extend_rotary(table: Tensor, cos: Tensor, sin: Tensor, lens: Tensor) -> None:
+    """Write the rows of new columns into a table ``[2, B, C, R]``; cos, sin: ``[B | 1, .., n, R]``."""
+    tokens, size = cos.shape[-2:]
+    first = int(lens[2])
+    for part, new in zip(table, (cos, sin), strict=True):
+        part[:, first : first + tokens] = new.reshape(-1, tokens, size)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:

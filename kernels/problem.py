@@ -157,7 +157,7 @@ def _decode(
     lens = torch.tensor([0, filled, logical])
     mask = _mask(spec, batch, new, logical + new, generator)
     args: tuple[Any, ...] = (q, *fresh, *buffers, lens, mask, positions)
-    latent = spec.key_format.kind == "latent"
+    latent = any(fmt.kind == "latent" for fmt in formats)
     if spec.index == "contiguous" and not spec.head_windows and not latent and spec.rotary == "none":
         return args
     index = None
@@ -166,15 +166,29 @@ def _decode(
         index = _index(batch, heads, -(-max(filled, 1) // size), generator)
     bound = (torch.arange(heads, device=device) % 2).int() if spec.head_windows else None
     if latent:
-        rank, angles = heads * spec.key_format.rank, torch.arange(logical + new, device=device)[:, None] * 0.1
-        projection = _normal(torch.float32, generator, heads, rank, spec.head_dim) / rank**0.5
-        angles = angles * torch.linspace(1.0, 0.01, spec.head_dim // 2, device=device).repeat(2)
-        return (*args, index, bound, None, None, projection, torch.stack([angles.cos(), angles.sin()])[:, None])
+        return (*args, index, bound, None, None, *_rebuilding(spec, generator, heads, logical + new))
     if spec.rotary == "none":
         return (*args, index, bound)
     # Strided as slices of wider tables, which no model passes but a kernel must take.
     tables = torch.randn((2, batch, new, 2 * spec.rotary_dim), generator=generator, device=device)[..., ::2]
     return (*args, index, bound, *tables.to(DTYPES[spec.dtype]))
+
+
+def _rebuilding(spec: AttentionSpec, generator: torch.Generator, heads: int, columns: int) -> tuple[Tensor | None, ...]:
+    """Projection and rotary table of latent keys, and the projection of latent values; None where there are none."""
+
+    def projection(fmt: KVFormat) -> Tensor | None:
+        if fmt.kind != "latent":
+            return None
+        return _normal(torch.float32, generator, heads, heads * fmt.rank, fmt.head_dim) / (heads * fmt.rank) ** 0.5
+
+    angles = torch.arange(columns, device=generator.device)[:, None] * 0.1
+    angles = angles * torch.linspace(1.0, 0.01, spec.head_dim // 2, device=generator.device).repeat(2)
+    return (
+        projection(spec.key_format),
+        torch.stack([angles.cos(), angles.sin()])[:, None],
+        projection(spec.value_format),
+    )
 
 
 def _mask(spec: AttentionSpec, batch: int, queries: int, columns: int, generator: torch.Generator) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kv_format, latent_keys, rotary
+from . import kv_format, latents, rotary
 from .spec import AttentionSpec
 
 
@@ -136,6 +136,7 @@ def decode_attention(
     sin: Tensor | None = None,
     projection: Tensor | None = None,
     table: Tensor | None = None,
+    value_projection: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Append ``k_new``, ``v_new`` to the buffers in place, then attend over everything stored, or what ``index`` lists.
 
@@ -146,7 +147,8 @@ def decode_attention(
     positions: int32 ``[B, 1 | H_kv, C]``, column of each slot, updated in place; without it slot s is column
     ``s - start`` and the logical length is ``end - start``. index: int32 ``[B, H_kv, N]``, see ``listed``.
     head_windows: int32 ``[H_kv]``. cos, sin: for specs that rotate q and k_new first, see ``rotary.rotated``.
-    projection, table: for latent keys, see ``latent_keys.rebuild``; k_new is ``[B, H_kv, Q, D + rank]`` then.
+    projection, table: for latent keys, see ``latents.rebuild``; k_new is ``[B, H_kv, Q, D + rank]`` then. The table is
+    None where keys have no rotary embedding. value_projection: for latent values, likewise.
     Returns ``[B, H, Q, D]`` in q's dtype; with ``lse`` or ``mass`` a tuple with float32 ``[B, H, Q]`` and float32
     ``[B, H_kv, C]`` (probability that each slot got, summed over the group's heads and the queries; 0 for slots that
     are not filled or not read) behind it.
@@ -168,13 +170,18 @@ def decode_attention(
     else:
         columns = positions[..., start:end].long()
     if spec.key_format.kind == "latent":
-        if projection is None or table is None:
-            raise ValueError("latent keys are rebuilt by a projection and a rotary table; found none")
+        if projection is None:
+            raise ValueError("latent keys are rebuilt by a projection; found none")
         # Every head is rebuilt from the latents of all, so they keep the same tokens.
-        k = latent_keys.read(spec.key_format, k_buf, start, end, end, projection, table, columns[:, 0])
+        k = latents.read(spec.key_format, k_buf, start, end, end, projection, table, columns[:, 0])
     else:
         k = kv_format.read(spec.key_format, k_buf, start, end, end)
-    v = kv_format.read(spec.value_format, v_buf, start, end, end)
+    if spec.value_format.kind == "latent":
+        if value_projection is None:
+            raise ValueError("latent values are rebuilt by a projection; found none")
+        v = latents.read(spec.value_format, v_buf, start, end, end, value_projection)
+    else:
+        v = kv_format.read(spec.value_format, v_buf, start, end, end)
     chosen = None
     if spec.index != "contiguous":
         assert index is not None

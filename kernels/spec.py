@@ -53,9 +53,9 @@ class KVFormat:
     ``dtype``, then blocks of ``block`` tokens: codes, float16 scales, float16 minima, ``x = code * scale + minimum``.
     The newest ``window`` tokens at least, and whatever does not fill a block yet, are read from the tail in full
     precision; ``quantised(filled)`` slots lie in blocks.
-    kind "latent": keys of which, once they leave the tail, only ``rank`` numbers a head remain (CSKV, arXiv
-    2409.10593), from before the rotary embedding; those of all heads together give every head's key, see
-    latent_keys.py. The layout is as for codes; a token is ``[D + rank]`` wide in the tail, exact key and latents, and
+    kind "latent": keys, or values, of which, once they leave the tail, only ``rank`` numbers a head remain (CSKV, arXiv
+    2409.10593), of keys from before the rotary embedding; those of all heads together give every head's key, or value,
+    see latents.py. The layout is as for codes; a token is ``[D + rank]`` wide in the tail, exact and latents, and
     ``[rank]`` in blocks.
     kind "empty": no storage at all, for layers that are never read again.
 

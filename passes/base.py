@@ -8,11 +8,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from torch.fx import Graph, Node
 from torchaccel.kernels.spec import KVFormat
 
+from torchaccel.calibration.calibrator import Calibrator
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
+from torchaccel.runtime.factors import Factors
+from torchaccel.runtime.mixing import Mixing
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -52,6 +56,9 @@ class Reason(Enum):
     UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
+    PRUNED_LATENTS = "every head is rebuilt from the latents of all, which evicting or pruning tokens takes apart"
+    PRUNED_CLASSES = "tokens are sorted into classes when all are there, not after some were evicted or pruned"
+    NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
     NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
     NO_IMAGES = "nothing in the graph tells which tokens are images; give their ids as image_tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
@@ -94,7 +101,8 @@ class MethodOptions(BaseModel):
 class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
-    formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. keep: node int64
+    formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens are
+    sorted into classes with formats of their own. eviction: which tokens stay, None for all. keep: node int64
     ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
     nothing of its cache is stored.
     """
@@ -102,6 +110,8 @@ class SitePlan:
     window: int | None = None
     sinks: int = 0
     formats: tuple[KVFormat, KVFormat] | None = None
+    factors: tuple[Factors | None, Factors | None] = (None, None)
+    mixing: Mixing | None = None
     eviction: Eviction | None = None
     keep: Node | None = None
     dropped: bool = False
@@ -123,7 +133,7 @@ class Fuel:
 
 @dataclass
 class RewriteContext:
-    """The graph being compiled, what was found in it, and the plan of its attention sites."""
+    """The graph being compiled, what was found in it, the plan of its attention sites, and the model's weights."""
 
     graph: Graph
     module: torch.nn.Module
@@ -131,6 +141,7 @@ class RewriteContext:
     fuel: Fuel
     anatomy: Anatomy
     plans: dict[int, SitePlan] = field(default_factory=dict)
+    parameters: tuple[Tensor, ...] = ()
 
     def plan(self, site: AttentionSite) -> SitePlan:
         """The plan of a site (made on first use)."""
@@ -159,11 +170,15 @@ class Pass:
 
 
 class Method(Pass):
-    """A published method: a pass the user asks for by name, with options of its own."""
+    """A published method: a pass the user asks for by name, with options of its own.
+
+    calibration: whether it runs on a plan, which ``calibrator`` makes; then it derives from ``CalibratedMethod``.
+    """
 
     family: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+    calibrator: ClassVar[type[Calibrator] | None] = None
     paper: ClassVar[str]
     Options: ClassVar[type[MethodOptions]]
 

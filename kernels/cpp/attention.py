@@ -39,8 +39,9 @@ FIELDS = (
 )
 # Behind the others, for specs that rotate q and k_new.
 ROTARY_FIELDS = ("cos, cos_b, cos_q, cos_d", "sin, sin_b, sin_q, sin_d", "table_kind")
-# Behind the others, for latent keys.
-LATENT_FIELDS = ("projection, rotary, rotary_s, rotary_b, rotary_size",)
+# Behind the others, for latent keys, and behind those for latent values.
+LATENT_KEY_FIELDS = ("projection, rotary, rotary_s, rotary_b, rotary_size",)
+LATENT_VALUE_FIELDS = ("value_projection",)
 SPLITS = ("stream", "kv", "single")
 
 
@@ -56,10 +57,8 @@ def supports(spec: AttentionSpec) -> str | None:
         reason = unsupported(fmt, name)
         if reason:
             return reason
-        if fmt.kind == "latent" and (name == "value" or spec.index == "tokens"):
-            return (
-                "latents are rebuilt into keys, tile by tile: neither values nor lists of single tokens can be read so"
-            )
+        if fmt.kind == "latent" and spec.index == "tokens":
+            return f"latents are rebuilt into {name}s tile by tile: lists of single tokens cannot be read so"
         if fmt.is_quantised and fmt.packing != packing:
             return f"codes of {name}s must lie side by side by {packing}; found {fmt.packing}"
         if fmt.is_quantised and fmt.axis == "token" and fmt.group_size % (32 // fmt.bits) and fmt.groups > fmt.block:
@@ -114,8 +113,9 @@ def source(spec: AttentionSpec, split: str = "stream", many: bool = False) -> st
 
 
 def _more_fields(spec: AttentionSpec) -> tuple[str, ...]:
-    latent = LATENT_FIELDS if spec.key_format.kind == "latent" else ()
-    return (ROTARY_FIELDS if spec.rotary != "none" else ()) + latent
+    found: tuple[str, ...] = ROTARY_FIELDS if spec.rotary != "none" else ()
+    found += LATENT_KEY_FIELDS if spec.key_format.kind == "latent" else ()
+    return found + (LATENT_VALUE_FIELDS if spec.value_format.kind == "latent" else ())
 
 
 def modifiers(spec: AttentionSpec) -> dict[str, object]:
@@ -144,10 +144,10 @@ def _bool(value: bool) -> str:
 def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     """The compiled kernel of ``spec``: ``reference.decode_attention`` without its first argument.
 
-    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin, projection, table)``,
-    shapes and results as in the reference. q, k_new, v_new, the mask, cos and sin may have any strides; the buffers
-    need a contiguous last dimension. With k_new and v_new None nothing is appended and slots ``lens[0] .. lens[1]`` are
-    attended. Results are contiguous.
+    ``call(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows, cos, sin, projection, table,
+    value_projection)``, shapes and results as in the reference. q, k_new, v_new, the mask, cos and sin may have any
+    strides; the buffers need a contiguous last dimension. With k_new and v_new None nothing is appended and slots
+    ``lens[0] .. lens[1]`` are attended. Results are contiguous.
 
     split: how threads share the tiles, "stream" (stream-K: equal shares of all tiles), "kv" (each KV head's tiles cut
     in as many parts as there are threads) or "single" (a KV head to a thread). Raises ``ValueError`` for a spec that
@@ -166,7 +166,8 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
     few = kernel_of(False)
     key, value = spec.key_format, spec.value_format
     k_dtype, v_dtype, dtype = DTYPES[key.dtype], DTYPES[value.dtype], DTYPES[spec.dtype]
-    k_coded, v_coded, latent = key.is_blocked, value.is_blocked, key.kind == "latent"
+    k_coded, v_coded = key.is_blocked, value.is_blocked
+    k_latent, v_latent = key.kind == "latent", value.kind == "latent"
     indexed, sides = spec.index != "contiguous", spec.lse or spec.mass
     group, head_dim = spec.group, value.head_dim
     masked, windows, rotates = spec.mask != "none", spec.head_windows, spec.rotary != "none"
@@ -187,6 +188,7 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
         sin: Tensor | None = None,
         projection: Tensor | None = None,
         table: Tensor | None = None,
+        value_projection: Tensor | None = None,
     ) -> Any:
         batch, heads, n, _ = q.shape
         out = empty((batch, heads, n, head_dim), dtype=dtype)
@@ -243,9 +245,12 @@ def decode_attention(spec: AttentionSpec, split: str = "stream") -> Decode:
             if cos.dtype != sin.dtype or cos.dtype not in MASK_KINDS:
                 cos, sin = cos.float(), sin.float()
             extra += table_arguments(cos, sin)
-        if latent:
-            projection, table = _rebuilding(key, projection, table, heads // group)
-            extra = (*extra, projection.data_ptr(), table.data_ptr(), *_table_sizes(table))
+        if k_latent:
+            projection = _rebuilding("keys", key, projection, heads // group)
+            extra = (*extra, projection.data_ptr(), *_table_arguments(table))
+        if v_latent:
+            value_projection = _rebuilding("values", value, value_projection, heads // group)
+            extra = (*extra, value_projection.data_ptr())
         kernel = few if n * group < MANY_ROWS else kernel_of(True)
         kernel(
             q.data_ptr(), *q.stride(), *k_args, *v_args,
@@ -272,19 +277,23 @@ def table_arguments(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
     return cos.data_ptr(), cos_b, cos_q, cos_d, sin.data_ptr(), sin_b, sin_q, sin_d, MASK_KINDS[cos.dtype]
 
 
-def _rebuilding(fmt: KVFormat, projection: Tensor | None, table: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
-    """What latent keys are rebuilt with, as the kernel reads it."""
+def _rebuilding(name: str, fmt: KVFormat, projection: Tensor | None, heads: int) -> Tensor:
+    """What latents are rebuilt with, as the kernel reads it."""
     shape = heads, heads * fmt.rank, fmt.head_dim
-    if projection is None or table is None or tuple(projection.shape) != shape:
+    if projection is None or tuple(projection.shape) != shape:
         found = None if projection is None else list(projection.shape)
-        raise ValueError(f"latent keys need a projection {list(shape)} and a rotary table; found {found}, {table}")
-    return projection.to(DTYPES[fmt.dtype]).contiguous(), table.float().contiguous()
+        raise ValueError(f"latent {name} need a projection {list(shape)}; found {found}")
+    return projection.to(DTYPES[fmt.dtype]).contiguous()
 
 
-def _table_sizes(table: Tensor) -> tuple[int, int, int]:
-    """Steps from cosine to sine and from a batch row to the next, 0 where they share one; channels that are turned."""
-    one, rows, _, size = table.stride()[0], *table.shape[1:]
-    return one, table.stride()[1] if rows > 1 else 0, size
+def _table_arguments(table: Tensor | None) -> tuple[int, ...]:
+    """Address; steps from cosine to sine and from a batch row to the next, 0 where they share one; channels turned."""
+    if table is None:
+        return 0, 0, 0, 0
+    if table.dtype != torch.float32 or table.stride()[2:] != (table.shape[3], 1):
+        raise ValueError(f"a rotary table is float32 with its columns one after another; found {table.dtype}")
+    one, row, _, _ = table.stride()
+    return table.data_ptr(), one, row if table.shape[1] > 1 else 0, table.shape[3]
 
 
 def int32(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

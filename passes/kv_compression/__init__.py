@@ -1,6 +1,7 @@
 """The methods of the kv_compression family: one file each, listed here."""
 
 from .critic import Critic
+from .cskv import CSKV
 from .expected_attention import ExpectedAttention
 from .gear import Gear
 from .h2o import H2O
@@ -17,6 +18,7 @@ from .streaming_llm import StreamingLLMCache
 from .tova import Tova
 from .turboquant import TurboQuant
 from .video_xl import VideoXL
+from .zipcache import ZipCache
 
 METHODS = (
     Int8,
@@ -24,6 +26,8 @@ METHODS = (
     Int2,
     Gear,
     TurboQuant,
+    CSKV,
+    ZipCache,
     StreamingLLMCache,
     H2O,
     SnapKV,

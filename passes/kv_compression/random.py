@@ -56,5 +56,7 @@ class Random(EvictingMethod):
     paper = "none: a baseline"
     Options = RandomOptions
 
+    options: RandomOptions
+
     def policy(self) -> RandomPolicy:
         return RandomPolicy(**self.settings("seed", "interval"), grows=not self.options.decoding)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torchaccel.kernels import ops, shared_prefix
+from torchaccel.kernels import mixed_precision, ops, shared_prefix
 from torchaccel.kernels.candidates import unsupported
 from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.graph.propagate import annotate
 from torchaccel.runtime.bindings import AppendBinding, StoreBinding
 from torchaccel.runtime.kv import LogicalKV, prefix_names
 from torchaccel.runtime.storage import Layout
@@ -23,6 +24,7 @@ from torchaccel.runtime.storage import Layout
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
 from .gate import Gate, Judgement
+from .latents import LatentLowering
 from .lowered import Lowered, LoweredSite
 from .prompt_outputs import ALL, part_of, prompt_outputs
 from .rotary import Rotary, find_rotary, pays
@@ -54,6 +56,7 @@ class AttentionLowering:
         self.gate = Gate(self.chooser, self._spec, gate)
         self.graph: Graph = context.graph
         self.signature = Signature(self.graph, example_inputs)
+        self.latents = LatentLowering(self.graph, context.module, self.signature)
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
 
@@ -69,7 +72,7 @@ class AttentionLowering:
             if problem is not None:
                 self.declines.append(problem)
                 continue
-            judged = self._judge(site, self.context.plan(site))
+            judged = self._judge(site, self._whole(site, self.context.plan(site)))
             plan, before = judged.plan, len(self.sites)
             if kind == "none":
                 self._lower_prompt(site, plan)
@@ -82,6 +85,14 @@ class AttentionLowering:
             for lowered in self.sites[before:]:
                 lowered.gate = judged.text
         return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines)
+
+    def _whole(self, site: AttentionSite, plan: SitePlan) -> SitePlan:
+        """The plan, without what needs all tokens where some are not stored."""
+        latent = plan.factors != (None, None)
+        if (not latent and plan.mixing is None) or (plan.eviction is None and plan.keep is None):
+            return plan
+        self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS if latent else Reason.PRUNED_CLASSES))
+        return replace(plan, formats=None, factors=(None, None), mixing=None)
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past
@@ -131,10 +142,15 @@ class AttentionLowering:
     def _layouts(self, site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
         plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
-        pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
+        mixing = None if plan.dropped else plan.mixing
+        some = plan.keep is not None or plan.eviction is not None or mixing is not None
+        pruned = some and not plan.dropped
+        of_keys, of_values = (
+            factors if fmt.kind == "latent" else None for fmt, factors in zip((keys, values), plan.factors, strict=True)
+        )
         return (
-            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction),
-            Layout(values, pruned=pruned, eviction=plan.eviction),
+            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction, factors=of_keys, mixing=mixing),
+            Layout(values, pruned=pruned, eviction=plan.eviction, factors=of_values, mixing=mixing),
         )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
@@ -191,9 +207,10 @@ class AttentionLowering:
         elif plan.dropped:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
-        if plan.eviction is not None and not plan.dropped:
+        policy = plan.mixing or plan.eviction
+        if policy is not None and not plan.dropped:
             anatomy, extra = self.context.anatomy, self.signature.extra_output
-            prompt = prompt_outputs(self.graph, anatomy, site, plan.eviction, mass, extra)
+            prompt = prompt_outputs(self.graph, anatomy, site, policy, mass, extra)
         self.signature.stores.append(
             StoreBinding(
                 self.signature.result(stored[0]),
@@ -203,6 +220,7 @@ class AttentionLowering:
                 positions_output,
                 tokens,
                 prompt,
+                self.latents.store(site, (key_layout, value_layout)) if _latent(key_layout, value_layout) else None,
             )
         )
         self.sites[-1].layout = _describe(key_layout)
@@ -221,9 +239,11 @@ class AttentionLowering:
         if all(isinstance(t, LogicalKV) for t in given):
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
-            if plan.eviction is not None:
+            latent = plan.factors != (None, None)
+            if plan.eviction is not None or plan.mixing is not None or latent:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
-            layouts = self._layouts(site, replace(plan, eviction=None))
+            formats = None if latent else plan.formats
+            layouts = self._layouts(site, replace(plan, eviction=None, mixing=None, formats=formats))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
         policy = layouts[0].eviction
@@ -245,6 +265,11 @@ class AttentionLowering:
             self.signature.buffer(past, layout) for past, layout in zip((keys.past, values.past), layouts, strict=True)
         ]
         positions = self.signature.buffer(keys.past, layouts[0], "positions") if spec.positions else None
+        if layouts[0].mixing is not None:
+            queries = self.signature.extra_output(site.q)
+            self.signature.appends.append(replace(binding, queries_output=queries, scale=spec.scale))
+            self._attend_mixed(site, plan, spec, buffers, positions, layouts)
+            return
         if layouts[0].prefixes:
             self.signature.appends.append(binding)
             self._attend_shared(site, plan, spec, buffers, layouts)
@@ -259,7 +284,13 @@ class AttentionLowering:
                 asking = part_of(self.graph, site.q, (ALL, ALL, slice(-policy.later_queries, None)))
             binding = replace(binding, queries_output=self.signature.extra_output(asking))
         rotary = False
-        if mass:
+        if _latent(*layouts):
+            fresh = self.latents.tokens(site, layouts)
+            rebuilding, first = self.latents.rebuilding(site, layouts, lens)
+            args = (site.q, *fresh, *buffers, lens, site.mask, positions, *rebuilding, choice.key())
+            self._replace(site, torch.ops.torchaccel.attend_latents.default, args)
+            binding = replace(binding, table=first)
+        elif mass:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             assert received is not None
@@ -324,6 +355,42 @@ class AttentionLowering:
         layout = f"{_describe(layouts[0])}, shared prefix of {' and of '.join(str(count) for count in rows)} rows"
         self._note(site, choice, of_prefix, layout, plan)
 
+    def _attend_mixed(
+        self,
+        site: AttentionSite,
+        plan: SitePlan,
+        spec: AttentionSpec,
+        buffers: list[Node],
+        positions: Node | None,
+        layouts: tuple[Layout, Layout],
+    ) -> None:
+        """Attention to tokens of several classes, whose values were divided by a scale for each channel."""
+        keys, values, mixing = site.key_cache.past, site.value_cache.past, layouts[0].mixing
+        assert keys is not None and values is not None and mixing is not None
+        count = len(mixing.formats)
+        classes: list[Node] = []
+        for index in range(count):
+            names = (keys, 0, f"class{index}"), (values, 1, f"class{index}"), (keys, 0, f"places{index}")
+            classes += [self.signature.buffer(past, layouts[which], name) for past, which, name in names]
+        scale = self.signature.buffer(values, layouts[1], "scale")
+        scale.meta["example_value"] = _fake(values).scale
+        lens = self.signature.placeholder(f"{keys.name}_lens", torch.zeros(1 + count, 3, dtype=torch.int64))
+        shape = self._shape(site, _size(_fake(keys).shape[2]))
+        choice = self.chooser.plan(mixed_precision.spec_of(spec), shape)
+        others = [self.chooser.plan(mixed_precision.spec_of(spec, of_class), shape) for of_class in mixing.formats]
+        with self.graph.inserting_before(site.node):
+            fresh = annotate(self.graph.call_function(operator.truediv, (site.value_cache.new, scale)))
+            wide = annotate(self.graph.call_method("repeat_interleave", (scale, spec.group, 1)))
+            args = (site.q, site.key_cache.new, fresh, *buffers, lens, site.mask, positions, classes)
+            keys_of_plans = [of.key() for of in (choice, *others)]
+            out = self.graph.call_function(torch.ops.torchaccel.attend_mixed.default, (*args, *keys_of_plans))
+            out.meta = dict(site.node.meta)
+            scaled = self.graph.call_function(operator.mul, (out, wide))
+        scaled.meta = dict(site.node.meta)
+        site.node.replace_all_uses_with(scaled)
+        self.graph.erase_node(site.node)
+        self._note(site, choice, shape, _describe(layouts[0]), plan)
+
     def _replace(
         self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None
     ) -> Node | None:
@@ -364,7 +431,14 @@ def _unshared(spec: AttentionSpec, window: int | None, layouts: tuple[Layout, La
     return shared_prefix.unsupported(spec)
 
 
+def _latent(keys: Layout, values: Layout) -> bool:
+    """Whether keys or values are stored as latents."""
+    return keys.factors is not None or values.factors is not None
+
+
 def _describe(layout: Layout) -> str:
+    if layout.mixing is not None:
+        return f"{layout.format.kind}, then {' or '.join(keys.kind for keys, _ in layout.mixing.formats)}"
     kept = f" {type(layout.eviction).__name__}" if layout.eviction else " pruned" if layout.pruned else ""
     return layout.format.kind + kept
 

@@ -15,6 +15,7 @@ from torchaccel.graph.propagate import annotate
 from torchaccel.graph.rotary import rotation_of
 from torchaccel.runtime.bindings import PromptBinding
 from torchaccel.runtime.eviction import Eviction
+from torchaccel.runtime.mixing import Mixing
 
 ALL = slice(None)
 LAST_TWO = (Ellipsis, slice(-2, None), ALL)
@@ -24,7 +25,7 @@ def prompt_outputs(
     graph: Graph,
     anatomy: Anatomy,
     site: AttentionSite,
-    policy: Eviction,
+    policy: Eviction | Mixing,
     mass: Node | None,
     extra_output: Callable[[Node], int],
 ) -> PromptBinding:

@@ -66,7 +66,7 @@ def test_corrections_of_codes_are_read_and_decoded() -> None:
     assert found.codes - before.codes == pytest.approx(blocks * (2 * factors + outliers))
 
 
-def test_latent_keys_are_few_bytes_and_many_flops() -> None:
+def test_latents_are_few_bytes_and_many_flops() -> None:
     plain = attention()
     spec = replace(plain, key_format=KVFormat("latent", "bfloat16", 128, block=64, rank=32))
     before, found = (amounts(case, Candidate("cpp"), LLAMA, CPU.processors) for case in (plain, spec))

@@ -12,7 +12,7 @@ from .shape import AttentionShape, LinearShape
 # Attention: batch rows, query heads, KV heads, new tokens, stored tokens, head dimension (keys' and values' mean),
 # share of the (query, key) pairs that is read, bits of a stored number with its share of scales, bytes of a number in
 # full precision, tokens of the full-precision tail, numbers that correct codes for each of them, latents of which a
-# head's keys are rebuilt. P: processors.
+# head's keys and values are rebuilt. P: processors.
 B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, latents, P = sympy.symbols(
     "B H_q H_kv S_q S_kv D density bits width tail corrections latents P", positive=True
 )
@@ -32,7 +32,7 @@ def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int
     waiting = max((fmt.window + fmt.block / 2 for fmt in (keys, values) if fmt.is_blocked), default=0.0)
     stored = 8 * (keys.token_bytes + values.token_bytes) / (2 * dim)
     corrected = (keys.corrections + values.corrections) / 2
-    rebuilt = shape.kv_heads * keys.rank if keys.kind == "latent" else 0
+    rebuilt = shape.kv_heads * sum(fmt.rank for fmt in (keys, values) if fmt.kind == "latent")
     seen = visible_share(spec, shape)
     heads = shape.kv_heads * spec.group
     return (

@@ -124,7 +124,7 @@ def _codes(quantised: bool, share: Any) -> Any:
 
 
 def _rebuild(share: Any) -> Any:
-    """FLOPs that make keys of latents: a product of all the latents of a token for each KV head."""
+    """FLOPs that make keys and values of latents: a product of all the latents of a token for each KV head."""
     return 2 * B * H_kv * (S_kv - Min(S_kv, tail)) * share * D * latents
 
 

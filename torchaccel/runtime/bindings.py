@@ -33,7 +33,7 @@ class AppendBinding:
     tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
     length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
     received, where the policy wants it; group: query heads of a KV head. ids_output, queries_output: results that hold
-    the new tokens' ids, and the last of their queries ``[B, H, w, D]``, where it wants those.
+    the new tokens' ids, and the last of their queries ``[B, H, w, D]``, where it wants those (mixed layouts: all of them). table: this layer's is the first with its rotary table, which the graph takes. scale: of q . k.
     """
 
     key_argument: int
@@ -51,11 +51,18 @@ class AppendBinding:
     group: int = 1
     ids_output: int | None = None
     queries_output: int | None = None
+    table: bool = False
+    scale: float = 1.0
 
     @property
     def prefixes(self) -> int:
         """Number of shared prefixes whose buffers the graph takes."""
         return self.key_layout.prefixes
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the graph takes the buffers of classes of tokens."""
+        return self.key_layout.mixing is not None
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,24 @@ class PromptBinding:
 
 
 @dataclass(frozen=True)
+class LatentBinding:
+    """What is stored of a prompt as latents, as positions among the graph's results.
+
+    keys_output, values_output: latents ``[B, H_kv, S, rank]``, None where the tokens themselves are stored.
+    table_outputs: cosine and sine ``[B | 1, .., S, R]`` of keys that have rotary embedding.
+    """
+
+    keys_output: int | None
+    values_output: int | None
+    table_outputs: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class StoreBinding:
     """A layer whose prompt keys and values come out of this graph and are put into storage.
 
     positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length where
-    that cannot be read off the keys. prompt: for layouts that evict.
+    that cannot be read off the keys. prompt: for layouts that evict. latents: for layouts with factors.
     """
 
     key_output: int
@@ -95,6 +115,7 @@ class StoreBinding:
     positions_output: int | None = None
     tokens: TokenCount | None = None
     prompt: PromptBinding | None = None
+    latents: LatentBinding | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +123,10 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, and lens (int64 ``[3]``,
-    with prefixes ``[1 + prefixes, 3]``). results: for each result of the compiled graph its position among the model's;
-    positions from ``result_count`` on are for the stores only.
+    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, key buffer, value
+    buffer and positions of each class and the scale of values (when mixed), lens (int64 ``[3]``, with prefixes or
+    classes ``[1 + their number, 3]``), and the rotary table of the first layer that has it. results: for each result of
+    the compiled graph its position among the model's; positions from ``result_count`` on are for the stores only.
     """
 
     arguments: tuple[int, ...]

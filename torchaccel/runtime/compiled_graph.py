@@ -11,9 +11,11 @@ from torch import Tensor
 
 from torchaccel.errors import SharedPrefixError
 
-from .bindings import AppendBinding, Bindings, StoreBinding
+from .bindings import AppendBinding, Bindings, LatentBinding, StoreBinding
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
+from .mixed import sort_newest, store_mixed
+from .rotary_table import RotaryTable, rotary_table
 from .storage import Layout, Storage
 
 
@@ -56,8 +58,11 @@ class CompiledGraph:
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
             if append.evicts:
                 self._settle(append, args, results, keys, values)
+            if append.mixed:
+                self._sort(append, results, keys, values)
+        tables: dict[tuple[int, int], RotaryTable] = {}
         for store in bindings.stores:
-            self._store(store, args, results)
+            self._store(store, args, results, tables)
         self.counter.calls += 1
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
         self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
@@ -94,10 +99,16 @@ class CompiledGraph:
                 inputs.append(key_storage.positions)
             if binding.prefixes:
                 lengths += prefixes(key_storage, value_storage, inputs)
+            if binding.mixed:
+                lengths += classes(key_storage, value_storage, logical, inputs)
             if lengths not in lens:
                 found = torch.tensor(lengths, dtype=torch.int64)
-                lens[lengths] = found.view(-1, 3) if binding.prefixes else found
+                lens[lengths] = found.view(-1, 3) if binding.prefixes or binding.mixed else found
             inputs.append(lens[lengths])
+            if key_storage.table is not None:
+                key_storage.table.reserve(logical + n)
+                if binding.table:
+                    inputs.append(key_storage.table.buf)
             end = keys.end + n
             key_storage.filled = value_storage.filled = end
         total = logical + n
@@ -123,20 +134,38 @@ class CompiledGraph:
             results[binding.key_output] = view(keys.physical, 0, end, logical)
             results[binding.value_output] = view(values.physical, 0, end, logical)
 
-    def _store(self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any]) -> None:
+    def _sort(self, binding: AppendBinding, results: list[Any], keys: LogicalKV, values: LogicalKV) -> None:
+        assert keys.physical is not None and values.physical is not None and binding.queries_output is not None
+        left = sort_newest(keys, values, results[binding.queries_output], binding.scale)
+        if left != keys.end:
+            results[binding.key_output] = view(keys.physical, 0, left, keys.shape[2])
+            results[binding.value_output] = view(values.physical, 0, left, keys.shape[2])
+
+    def _store(
+        self,
+        binding: StoreBinding,
+        args: tuple[Any, ...],
+        results: list[Any],
+        tables: dict[tuple[int, int], RotaryTable],
+    ) -> None:
         positions = logical = None
         if binding.positions_output is not None and binding.tokens is not None:
             positions, logical = results[binding.positions_output][:, None], binding.tokens.of(args)
         outputs = binding.key_output, binding.value_output
         layouts = binding.key_layout, binding.value_layout
         keys, values = (results[output] for output in outputs)
-        if binding.prompt is not None:
+        if binding.prompt is not None and layouts[0].mixing is not None:
+            stored = store_mixed(layouts, binding.prompt, results, keys, values)
+        elif binding.prompt is not None:
             if logical is None:
                 logical = keys.shape[2]
             stored = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions)
         else:
+            table = None
+            if binding.latents is not None:
+                keys, values, table = with_latents(binding.latents, results, keys, values, tables)
             stored = (
-                compress(layouts[0], keys, logical, positions if layouts[0].positions else None),
+                compress(layouts[0], keys, logical, positions if layouts[0].positions else None, table),
                 compress(layouts[1], values, logical),
             )
         results[outputs[0]], results[outputs[1]] = stored
@@ -155,6 +184,36 @@ def prefixes(keys: Storage, values: Storage, inputs: list[Any]) -> tuple[int, ..
         inputs += [key.storage.buf, value.storage.buf]
         lengths += [0, key.tokens, key.tokens]
     return tuple(lengths)
+
+
+def classes(keys: Storage, values: Storage, logical: int, inputs: list[Any]) -> tuple[int, ...]:
+    """Append the buffers of the classes of tokens to ``inputs``; returns the lens of each class, one after another."""
+    lengths: list[int] = []
+    for key, value in zip(keys.classes, values.classes, strict=True):
+        inputs += [key.buf, value.buf, key.positions]
+        lengths += [0, key.filled, logical]
+    inputs.append(values.scale)
+    return tuple(lengths)
+
+
+def with_latents(
+    binding: LatentBinding,
+    results: list[Any],
+    keys: Tensor,
+    values: Tensor,
+    tables: dict[tuple[int, int], RotaryTable],
+) -> tuple[Tensor, Tensor, RotaryTable | None]:
+    """A prompt's keys and values with their latents behind them, and the rotary table, which layers share."""
+    if binding.keys_output is not None:
+        keys = torch.cat([keys, results[binding.keys_output]], -1)
+    if binding.values_output is not None:
+        values = torch.cat([values, results[binding.values_output]], -1)
+    outputs = binding.table_outputs
+    if outputs is None:
+        return keys, values, None
+    if outputs not in tables:
+        tables[outputs] = rotary_table(results[outputs[0]], results[outputs[1]], keys.shape[0])
+    return keys, values, tables[outputs]
 
 
 def plain(argument: Any) -> Any:

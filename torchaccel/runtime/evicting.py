@@ -32,13 +32,42 @@ def store_prompt(
     """
     policy = layouts[0].eviction
     assert policy is not None
+    prompt = prompt_of(layouts, binding, results, keys, values, columns)
+    kept = policy.keep(prompt)
+    keys, values = policy.merge(prompt, kept)
+    whole = columns
+    if columns is not None:
+        columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
+    stored = compress(layouts[0], keys, logical, kept if columns is None else columns)
+    storage = stored.physical
+    assert storage is not None
+    room = storage.capacity - kept.shape[2]
+    state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
+    storage.record = EvictionRecord(state, policy.capacity(prompt))
+    if policy.later_queries and storage.record.capacity < prompt.keys.shape[2]:
+        storage.record.aside = set_aside(prompt, whole, kept.shape[2])
+    return stored, compress(layouts[1], values, logical)
+
+
+def prompt_of(
+    layouts: tuple[Layout, Layout],
+    binding: PromptBinding,
+    results: list[Any],
+    keys: Tensor,
+    values: Tensor,
+    columns: Tensor | None = None,
+) -> Prompt:
+    """What the policy of ``layouts`` is told of a prompt with keys and values ``[B, H_kv, S, D]``.
+
+    columns: int64 ``[B, 1, S]`` when tokens were pruned before, else None.
+    """
     tables = binding.table_outputs
     ids = None if binding.ids_output is None else results[binding.ids_output]
     images = [results[output] for output in binding.image_outputs]
     filled = torch.stack(images).any(0) if images else None
     if columns is not None:
         ids, filled = (None if x is None else x.gather(1, columns[:, 0]) for x in (ids, filled))
-    prompt = Prompt(
+    return Prompt(
         queries=results[binding.queries_output],
         keys=keys,
         values=values,
@@ -54,20 +83,6 @@ def store_prompt(
         ids=ids,
         images=filled,
     )
-    kept = policy.keep(prompt)
-    keys, values = policy.merge(prompt, kept)
-    whole = columns
-    if columns is not None:
-        columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
-    stored = compress(layouts[0], keys, logical, kept if columns is None else columns)
-    storage = stored.physical
-    assert storage is not None
-    room = storage.capacity - kept.shape[2]
-    state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
-    storage.record = EvictionRecord(state, policy.capacity(prompt))
-    if policy.later_queries and storage.record.capacity < prompt.keys.shape[2]:
-        storage.record.aside = set_aside(prompt, whole, kept.shape[2])
-    return stored, compress(layouts[1], values, logical)
 
 
 def settle(

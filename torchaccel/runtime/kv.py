@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torchaccel.kernels import rotation
 from torchaccel.kernels.spec import DTYPES
 
 from .prefix import flatten, moved, read, take_rows
-from .storage import Layout, Storage, store
+from .rotary_table import RotaryTable
+from .storage import Layout, Storage, store, unsorted
 
 aten = torch.ops.aten
 
@@ -31,7 +32,6 @@ class LogicalKV(Tensor):
 
     physical: Storage | None
     buf: Tensor
-    positions: Tensor | None
     kv_layout: Layout
     start: int
     end: int
@@ -39,19 +39,16 @@ class LogicalKV(Tensor):
     generation: int
 
     @staticmethod
-    def __new__(
-        cls, layout: Layout, buf: Tensor, positions: Tensor | None, size: Any, prefixes: Sequence[Tensor] = ()
-    ) -> LogicalKV:
-        """Wrap ``buf``; ``size`` is the logical shape, ``prefixes`` the buffers of what the rows share."""
+    def __new__(cls, layout: Layout, buf: Tensor, inner: Mapping[str, Tensor], size: Any) -> LogicalKV:
+        """Wrap ``buf``; ``size`` is the logical shape, ``inner`` the other tensors of a storage, by ``inner_names``."""
         wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
         )
         wrapper.kv_layout = layout
         wrapper.buf = buf
-        wrapper.positions = positions
         wrapper.physical = None
-        for name, prefix in zip(prefix_names(layout), prefixes, strict=True):
-            setattr(wrapper, name, prefix)
+        for name in inner_names(layout):
+            setattr(wrapper, name, inner[name])
         return wrapper
 
     # The wrapper's attributes are all set in __new__: Tensor.__init__ must not see them.
@@ -59,13 +56,11 @@ class LogicalKV(Tensor):
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], Layout]:
-        names = ["buf"] if self.positions is None else ["buf", "positions"]
-        return names + prefix_names(self.kv_layout), self.kv_layout
+        return ["buf", *inner_names(self.kv_layout)], self.kv_layout
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
-        prefixes = [inner[name] for name in prefix_names(layout)]
-        return LogicalKV(layout, inner["buf"], inner.get("positions"), size, prefixes)
+        return LogicalKV(layout, inner["buf"], inner, size)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
@@ -112,15 +107,17 @@ class LogicalKV(Tensor):
         if self.physical is None:
             # Tracing with fake tensors: only shape, dtype and device exist.
             return self.buf.new_empty(self.shape, dtype=self.dtype)
-        kept = self.physical.offset + self.end - self.start
+        kept = self.physical.offset + self.physical.sorted + self.end - self.start
         if kept != self.shape[2]:
             raise EvictedTokensError(
                 f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {kept} of them "
                 f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.pruned else ''}); pass this "
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
+        if self.physical.classes:
+            return live(self).merged(self.start, self.end, self.age)
         tokens = read(live(self), self.start, self.end, self.age)
-        return rotation.restored(self.kv_layout.format, tokens)
+        return rotation.restored(self.kv_layout.format, tokens[..., : self.kv_layout.format.head_dim])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -146,13 +143,23 @@ def prefix_names(layout: Layout) -> list[str]:
     return [f"prefix{index}" for index in range(layout.prefixes)]
 
 
+def inner_names(layout: Layout) -> list[str]:
+    """The attributes of a logical tensor that hold the tensors of its storage besides ``buf``."""
+    names = ["positions"] * layout.positions + ["table"] * layout.turned + prefix_names(layout)
+    if layout.mixing is not None:
+        numbers = range(len(layout.mixing.formats))
+        names += [f"class{index}" for index in numbers]
+        names += [f"places{index}" for index in numbers] if layout.positions else ["scale"]
+    return names
+
+
 def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     """A logical tensor of length ``logical`` over slots ``start .. end``, marked dynamic for Dynamo."""
     buf = storage.buf
     size = (buf.shape[0], buf.shape[1], logical, storage.layout.format.head_dim)
     # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
     with torch.inference_mode(False):
-        kv = LogicalKV(storage.layout, buf, storage.positions, size, [p.storage.buf for p in storage.prefixes])
+        kv = LogicalKV(storage.layout, buf, storage.inner, size)
     kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
     kv.generation = storage.generation
     storage.views[id(kv)] = kv
@@ -161,15 +168,22 @@ def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     return kv
 
 
-def compress(layout: Layout, tokens: Tensor, logical: int | None = None, positions: Tensor | None = None) -> LogicalKV:
-    """A logical tensor of its own storage from ``tokens`` ``[B, H, n, D]``; ``logical`` columns when some were pruned.
+def compress(
+    layout: Layout,
+    tokens: Tensor,
+    logical: int | None = None,
+    positions: Tensor | None = None,
+    table: RotaryTable | None = None,
+) -> LogicalKV:
+    """A logical tensor of its own storage from ``tokens`` ``[B, H, n, width]``; ``logical`` columns when some were
+    pruned.
 
-    positions: integers ``[B, 1 | H, n]``, the column of each token.
+    positions: integers ``[B, 1 | H, n]``, the column of each token. table: for layouts that are ``turned``.
     """
     n = tokens.shape[2]
     logical = n if logical is None else logical
     kept = 0 if layout.format.kind == "empty" else n
-    return view(store(layout, tokens, logical, positions), 0, kept, logical)
+    return view(store(layout, tokens, logical, positions, table), 0, kept, logical)
 
 
 def live(kv: LogicalKV) -> Storage:
@@ -246,6 +260,11 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
     storage = live(kv)
     if storage.layout.format.kind == "empty":
         return view(storage, 0, 0, hi - lo)
+    if storage.layout.turned and lo:
+        return NotImplemented  # slots of latents are columns, by which their keys are embedded
+    if storage.layout.mixing is not None and not lo and hi < storage.contiguous_from:
+        # How many tokens of a class go differs between heads: all wait to be sorted anew.
+        return view(unsorted(storage, kv.dense()[:, :, :hi]), 0, hi, hi)
     if storage.layout.pruned:
         if lo or hi < storage.contiguous_from:
             raise EvictedTokensError(

@@ -79,7 +79,10 @@ def moved(storage: Storage, device: torch.device) -> Storage:
 
     def move(part: Storage, prefixes: tuple[Prefix, ...] = ()) -> Storage:
         slots = None if part.positions is None else part.positions.to(device)
-        new = Storage(part.layout, part.buf.to(device), part.filled, slots, part.contiguous_from, prefixes)
+        factors = None if part.layout.factors is None else part.layout.factors.to(device)
+        layout = replace(part.layout, factors=factors)
+        table = None if part.table is None else part.table.to(device)
+        new = Storage(layout, part.buf.to(device), part.filled, slots, part.contiguous_from, prefixes, table)
         if part.record is not None:
             state = {name: x.to(device) for name, x in part.record.state.items()}
             new.record = replace(part.record, state=state)
@@ -114,6 +117,8 @@ def _problem(storage: Storage, start: int) -> str | None:
     """Why repeated rows of a storage cannot share their tokens; None when they can."""
     if storage.layout.pruned:
         return "pruned tokens are not shared"
+    if storage.layout.factors is not None:
+        return "latents are not shared"
     if start:
         return "a sliding window is not shared"
     if len(storage.prefixes) == MAX_PREFIXES:

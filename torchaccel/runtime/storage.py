@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchaccel.kernels import kv_format, registry, rotation
+from torchaccel.kernels import kv_format, latents, registry, rotation
 from torchaccel.kernels.spec import KVFormat
 
 from .eviction import Eviction, EvictionRecord
+from .factors import Factors
+from .mixing import Mixing
+from .rotary_table import RotaryTable
 
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
 # in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
@@ -28,7 +31,8 @@ class Layout:
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
     the same slots need none). eviction: the policy by which tokens go. prefixes: number of buffers of other storages
-    that hold the first columns.
+    that hold the first columns. factors: of a format that stores latents. mixing: how all
+    but the newest tokens are sorted into classes.
     """
 
     format: KVFormat
@@ -36,11 +40,18 @@ class Layout:
     pruned: bool = False
     eviction: Eviction | None = None
     prefixes: int = 0
+    factors: Factors | None = None
+    mixing: Mixing | None = None
+
+    @property
+    def turned(self) -> bool:
+        """Whether tokens are embedded by their position when they are read, for which a storage has a rotary table."""
+        return self.factors is not None and self.factors.rotary > 0
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Tokens ``[B, H, n, D]`` that stood in slots ``first ..`` before they were given up for others."""
+    """Tokens ``[B, H, n, width]`` that stood in slots ``first ..`` before they were given up for others."""
 
     first: int
     tokens: Tensor
@@ -75,16 +86,24 @@ class Storage:
         positions: Tensor | None,
         contiguous_from: int,
         prefixes: tuple[Prefix, ...] = (),
+        table: RotaryTable | None = None,
+        classes: tuple[Storage, ...] = (),
+        scale: Tensor | None = None,
     ):
         """Take ownership of ``buf`` (see ``KVFormat``) and, for pruned layouts, positions int32 ``[B, 1 | H, C]``.
 
         contiguous_from: logical column from which on every column has a slot (0 when nothing was pruned). prefixes:
-        what the rows share, that of most rows first; their number replaces the layout's.
+        what the rows share, that of most rows first; their number replaces the layout's. table: for layouts that are
+        ``turned``. classes, scale: for layouts that are mixed, the other tokens, whose columns are stored with them,
+        and of values what all were divided by ``[B, H, 1, D]``.
         """
         self.layout = replace(layout, prefixes=len(prefixes))
         self.buf = buf
         self.filled = filled
         self.positions = positions
+        self.table = table
+        self.classes = classes
+        self.scale = scale
         self.contiguous_from = contiguous_from
         self.capacity = kv_format.capacity(layout.format, buf)
         self.record: EvictionRecord | None = None
@@ -106,10 +125,10 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes allocated: tokens, columns, what a policy remembers, and what it has set aside on this device."""
-        columns = 0 if self.positions is None else self.positions.nbytes
-        state = sum(x.nbytes for x in self.record.state.values()) if self.record else 0
+        further = [*(self.record.state.values() if self.record else ()), self.positions, self.scale]
         aside = None if self.record is None else self.record.aside
-        return self.buf.nbytes + columns + state + (aside.nbytes if aside and aside.device == self.buf.device else 0)
+        here = aside.nbytes if aside and aside.device == self.buf.device else 0
+        return self.buf.nbytes + sum(x.nbytes for x in further if x is not None) + here
 
     @property
     def host_bytes(self) -> int:
@@ -117,20 +136,38 @@ class Storage:
         return 0 if self.record is None or self.record.aside is None else self.record.aside.nbytes
 
     @property
-    def parts(self) -> tuple[Storage, ...]:
-        """The storages behind a row: those of its prefixes and this one."""
-        return (*(prefix.storage for prefix in self.prefixes), self)
+    def inner(self) -> dict[str, Tensor]:
+        """The tensors that a graph reads besides ``buf``, by the names of ``kv.inner_names``."""
+        found = {"positions": self.positions, "table": self.table and self.table.buf, "scale": self.scale}
+        found |= {f"prefix{index}": prefix.storage.buf for index, prefix in enumerate(self.prefixes)}
+        for index, part in enumerate(self.classes):
+            found |= {f"class{index}": part.buf, f"places{index}": part.positions}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def sorted(self) -> int:
+        """Tokens of each head that are in classes."""
+        return sum(part.filled for part in self.classes)
+
+    @property
+    def parts(self) -> tuple[Storage | RotaryTable, ...]:
+        """What memory is behind a row: the storages of its prefixes and classes, this one, and its table."""
+        own: tuple[Storage | RotaryTable, ...] = (self,) if self.table is None else (self, self.table)
+        return (*(prefix.storage for prefix in self.prefixes), *self.classes, *own)
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
         return all(cut.first >= end for cut in self.cuts[age:])
 
     def read(self, start: int, end: int, age: int | None = None) -> Tensor:
-        """Slots ``start .. end`` as ``[B, H, n, D]`` in the model's dtype, as they were at cut number ``age``."""
+        """Slots ``start .. end`` as ``[B, H, n, width]`` in the model's dtype, as they were at cut number ``age``.
+
+        Behind the D numbers of a token stand its latents, where the format has such.
+        """
         age = len(self.cuts) if age is None else age
         if self.intact(end, age):
-            return kv_format.read(self.layout.format, self.buf, start, end, self.filled)
-        present = kv_format.read(self.layout.format, self.buf, start, min(end, self.filled), self.filled)
+            return self._present(start, end)
+        present = self._present(start, min(end, self.filled))
         tokens = present.new_empty(*present.shape[:2], end - start, present.shape[3])
         tokens[:, :, : present.shape[2]].copy_(present)
         for cut in reversed(self.cuts[age:]):
@@ -138,6 +175,25 @@ class Storage:
             if low < high:
                 tokens[:, :, low - start : high - start].copy_(cut.tokens[:, :, low - cut.first : high - cut.first])
         return tokens
+
+    def _present(self, start: int, end: int) -> Tensor:
+        """Slots ``start .. end`` as they are now, as ``read`` gives them."""
+        fmt, factors = self.layout.format, self.layout.factors
+        if factors is None:
+            return kv_format.read(fmt, self.buf, start, end, self.filled)
+        columns = torch.arange(start, max(start, end), device=self.buf.device).expand(self.buf.shape[0], -1)
+        table = None if self.table is None else self.table.buf
+        return latents.read_wide(fmt, self.buf, start, end, self.filled, factors.projection, table, columns)
+
+    def merged(self, start: int, end: int, age: int) -> Tensor:
+        """The tokens of all classes and slots ``start .. end``, in the order of their columns: ``[B, H, n, D]``."""
+        parts = [part.read(0, part.filled) for part in self.classes]
+        tokens = torch.cat([*parts, self.read(start, end, age)], 2)
+        places = [part.positions[..., : part.filled].long() for part in self.classes if part.positions is not None]
+        last = torch.arange(self.sorted, tokens.shape[2], device=tokens.device)
+        where = torch.cat([*places, last.expand(*tokens.shape[:2], -1)], 2)[..., None].expand_as(tokens)
+        tokens = torch.empty_like(tokens).scatter_(2, where, tokens)
+        return tokens if self.scale is None else tokens * self.scale
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -195,8 +251,10 @@ class Storage:
             return
         fmt = self.layout.format
         if any(view.end > end for view in self.views.values()):
-            self.cuts.append(Cut(end, kv_format.read(fmt, self.buf, end, self.filled, self.filled).clone()))
-        kv_format.truncate(fmt, self.buf, self.filled, end)
+            self.cuts.append(Cut(end, self._present(end, self.filled).clone()))
+        # Tokens of a block that is opened again are as exact as their latents from then on.
+        reopened = None if self.layout.factors is None else self._present(fmt.quantised(end), end)
+        kv_format.truncate(fmt, self.buf, self.filled, end, reopened)
         if self.record is not None:
             for x in self.record.state.values():
                 x[..., end:] = 0  # what comes next begins anew
@@ -233,7 +291,10 @@ class Storage:
             kv_format.tail(fmt, buf)[:, :, : end - done].copy_(pick(self.read(done, end)))
         elif fmt.kind != "empty":
             kv_format.append(fmt, buf, 0, pick(self.read(base, end, age)))
-        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes)
+        table = self.table if batch is None or self.table is None else self.table.taken(batch)
+        new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes, table)
+        new.classes = tuple(part.copy(0, part.filled, 1, batch)[0] for part in self.classes)
+        new.scale = None if self.scale is None else pick(self.scale)
         if self.record is not None:
             room = new.capacity - (end - base)
             state = {
@@ -253,10 +314,13 @@ def grown(need: int) -> int:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None = None) -> Storage:
-    """Compress ``tokens`` ``[B, H, n, D]`` into a new storage.
+def store(
+    layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None = None, table: RotaryTable | None = None
+) -> Storage:
+    """Compress ``tokens`` ``[B, H, n, width]`` into a new storage.
 
     positions: integers ``[B, 1 | H, n]``, the column of each token, for layouts with positions; None for 0 .. n.
+    table: for layouts that are ``turned``.
     """
     batch, heads, n, _ = tokens.shape
     buf = kv_format.allocate(layout.format, batch, heads, grown(n), tokens.device)
@@ -268,4 +332,36 @@ def store(layout: Layout, tokens: Tensor, logical: int, positions: Tensor | None
         columns = torch.arange(n, device=tokens.device).view(1, 1, -1) if positions is None else positions
         slots = torch.empty(batch, columns.shape[1], room, dtype=torch.int32, device=tokens.device)
         slots[..., :n] = columns.to(torch.int32)
-    return Storage(layout, buf, n, slots, logical if layout.pruned else 0)
+    return Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def waiting(
+    layout: Layout,
+    tokens: Tensor,
+    first: int,
+    classes: tuple[Storage, ...],
+    scale: Tensor | None = None,
+    room: int = 0,
+) -> Storage:
+    """A mixed storage of ``tokens`` ``[B, H, n, D]`` of columns ``first ..`` that wait to be sorted into ``classes``.
+
+    scale: what the tokens were divided by. room: for so many tokens more.
+    """
+    batch, heads, n, _ = tokens.shape
+    buf = kv_format.allocate(layout.format, batch, heads, grown(n + room), tokens.device)
+    buf[:, :, :n] = tokens
+    slots = None
+    if layout.positions:
+        slots = torch.empty(batch, 1, buf.shape[2], dtype=torch.int32, device=tokens.device)
+        slots[..., :n] = torch.arange(first, first + n, device=tokens.device)
+    return Storage(layout, buf, n, slots, first, classes=classes, scale=scale)
+
+
+def unsorted(storage: Storage, tokens: Tensor) -> Storage:
+    """A mixed storage like ``storage`` of other tokens ``[B, H, n, D]``, all of which wait to be sorted."""
+    divided = tokens if storage.scale is None else tokens / storage.scale
+    none = torch.empty(*divided.shape[:2], 0, dtype=torch.int64, device=divided.device)
+    empty = tuple(store(part.layout, divided[:, :, :0], 0, none) for part in storage.classes)
+    return waiting(storage.layout, divided, 0, empty, storage.scale)

@@ -1,4 +1,4 @@
-"""Latent keys: rebuilt from what is stored, exact in the tail, by the reference and by generated C++."""
+"""Latent keys and values: rebuilt from what is stored, exact in the tail, by the reference and by generated C++."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchaccel.kernels import kv_format, latent_keys, reference
+from torchaccel.kernels import kv_format, reference
 from torchaccel.kernels.cpp import append, attention
+from torchaccel.kernels.latents import read, rebuild
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 
 from tests.kernels.cpp_support.cases import CPU, TOLERANCE, content, poisoned, random_mask
@@ -23,7 +24,18 @@ def spec(dtype: str, dim: int, group: int, rank: int, value: KVFormat | None = N
     return AttentionSpec("decode", dim, group, dtype, keys, values, dim**-0.5, **changes)
 
 
+VALUES = KVFormat("latent", "float32", 42, block=16, window=1, rank=11)
 SPECS = {
+    "f32_values": spec("float32", 42, 3, 7, VALUES, exact=1, lse=True, mask="bool"),
+    "bf16_dense_keys": AttentionSpec(
+        "decode",
+        64,
+        2,
+        "bfloat16",
+        KVFormat("dense", "bfloat16", 64),
+        KVFormat("latent", "bfloat16", 64, rank=24),
+        0.125,
+    ),
     "bf16_int8": spec(
         "bfloat16", 64, 3, 16, KVFormat("int8", "bfloat16", 64, "token", block=64, packing="token"), lse=True
     ),
@@ -46,7 +58,7 @@ def tokens(
     torch.manual_seed(seed)
     fmt, dtype = case.key_format, DTYPES[case.dtype]
     latents = torch.randn(BATCH, HEADS, columns.shape[1], fmt.rank).to(dtype)
-    keys = latent_keys.rebuild(latents, projection, rotary, columns).to(dtype)
+    keys = rebuild(latents, projection, rotary, columns).to(dtype)
     return keys, torch.cat([keys, latents], -1), torch.randn(BATCH, HEADS, columns.shape[1], case.head_dim).to(dtype)
 
 
@@ -54,7 +66,7 @@ def test_rebuilding_is_the_projection_and_the_rotary_embedding() -> None:
     torch.manual_seed(0)
     latents, projection = torch.randn(2, 2, 5, 3), torch.randn(2, 6, 8)
     rotary, columns = tables(9, 6), torch.tensor([[0, 2, 3, 4, 8], [1, 2, 3, 4, 5]])
-    got = latent_keys.rebuild(latents, projection, rotary, columns)
+    got = rebuild(latents, projection, rotary, columns)
     for b in range(2):
         for h in range(2):
             for n in range(5):
@@ -85,10 +97,10 @@ def test_the_reference_is_dense_attention_where_latents_are_exact(length: int) -
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
     done = case.key_format.quantised(length + 1)
     assert done == max(0, length + 1 - 16) // 32 * 32
-    with pytest.raises(ValueError, match="a projection and a rotary table"):
+    with pytest.raises(ValueError, match="rebuilt by a projection"):
         reference.decode_attention(case, *args)
     if done:
-        with pytest.raises(ValueError, match=r"latent_keys\.read rebuilds"):
+        with pytest.raises(ValueError, match=r"latents\.read rebuilds"):
             kv_format.read(case.key_format, buffers[0], 0, length, length + 1)
 
 
@@ -103,7 +115,7 @@ def test_truncating_needs_the_tokens_and_goes_on_with_them() -> None:
         kv_format.truncate(fmt, buf, 100, 45)
     kv_format.truncate(fmt, buf, 100, 45, stored[:, :, :45])
     kv_format.append(fmt, buf, 45, stored[:, :, 45:70])
-    got = latent_keys.read(fmt, buf, 0, 70, 70, projection, rotary, columns[:, :70])
+    got = read(fmt, buf, 0, 70, 70, projection, rotary, columns[:, :70])
     torch.testing.assert_close(got, keys[:, :, :70], atol=1e-5, rtol=1e-5)
 
 
@@ -112,13 +124,15 @@ def check(case: AttentionSpec, kernel: Any, length: int, new: int) -> None:
     torch.manual_seed(length)
     logical = length + (17 if case.positions else 0)
     total = logical + new
-    projection = torch.randn(HEADS, HEADS * case.key_format.rank, dim) / dim**0.5
-    rotary = tables(total, dim // 4 * 2)  # only half of the channels are turned
+    formats = case.key_format, case.value_format
+    projections = [
+        torch.randn(HEADS, HEADS * fmt.rank, dim) / dim**0.5 if fmt.kind == "latent" else None for fmt in formats
+    ]
+    # Only half of the channels are turned, or none.
+    rotary = None if case.group == 2 else tables(total, dim // 4 * 2)
     start = 20 if length == 300 and not case.positions else 0
-    columns = torch.arange(total - length - new, total).expand(BATCH, -1)
-    # Not the keys of their latents: what is exact and what is rebuilt must differ.
-    _, stored, values = tokens(case, projection, rotary, columns, length)
-    stored[..., :dim] *= 0.9
+    # Not the keys of their latents: what is exact and what is rebuilt differs.
+    stored, values = (torch.randn(BATCH, HEADS, length + new, fmt.width).to(dtype) for fmt in formats)
     buffers = [poisoned(fmt, BATCH, HEADS, length + new + 70) for fmt in (case.key_format, case.value_format)]
     for fmt, buf, x in zip((case.key_format, case.value_format), buffers, (stored, values), strict=True):
         kv_format.append(fmt, buf, 0, x[:, :, :length])
@@ -138,7 +152,8 @@ def check(case: AttentionSpec, kernel: Any, length: int, new: int) -> None:
         mine = [b.clone() for b in buffers]
         slots = None if positions is None else positions.clone()
         fresh = stored[:, :, length:], values[:, :, length:]
-        return call(q, *fresh, *mine, lens, mask, slots, index, None, None, None, projection.to(dtype), rotary), mine
+        of_keys, of_values = (None if x is None else x.to(dtype) for x in projections)
+        return call(q, *fresh, *mine, lens, mask, slots, index, None, None, None, of_keys, rotary, of_values), mine
 
     got, ours = run(kernel)
     want, theirs = run(lambda *args: reference.decode_attention(case, *args))
