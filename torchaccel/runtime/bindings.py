@@ -33,7 +33,8 @@ class AppendBinding:
     tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
     length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
     received, where the policy wants it; group: query heads of a KV head. ids_output, queries_output: results that hold
-    the new tokens' ids, and the last of their queries ``[B, H, w, D]``, where it wants those (mixed layouts: all of them). table: this layer's is the first with its rotary table, which the graph takes. scale: of q . k.
+    the new tokens' ids, and the last of their queries ``[B, H, w, D]``, where it wants those (mixed layouts: all
+    of them). table: this layer's is the first with its rotary table, which the graph takes. scale: of q . k.
     """
 
     key_argument: int
