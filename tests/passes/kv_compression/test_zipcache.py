@@ -221,7 +221,7 @@ def test_values_are_divided_by_a_scale_for_each_channel():
     torch.testing.assert_close(scale[0, 0, 0], torch.tensor([1.41421, 1.41421, 10.0, 2.0]), atol=1e-5, rtol=0)
     read = quantised(values / scale, 4, 4) * scale
     expected = torch.tensor([[0.94692, -2.0, 64.0, 4.46484], [2.0, 0.92386, -100.0, 1.30653]])
-    torch.testing.assert_close(read[0, 0], expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(read[0, 0], expected, atol=0, rtol=0.02)  # float16 scales
     zero = channel_scale(torch.zeros(1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
     assert torch.isfinite(torch.zeros(4) / zero).all()
 
