@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torchaccel.kernels import mixed_precision, ops, shared_prefix
+from torchaccel.kernels import ops, shared_prefix
 from torchaccel.kernels.candidates import unsupported
 from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.graph.propagate import annotate
 from torchaccel.runtime.bindings import AppendBinding, StoreBinding
 from torchaccel.runtime.kv import LogicalKV, prefix_names
 from torchaccel.runtime.storage import Layout
@@ -26,6 +25,7 @@ from .choice import Chooser
 from .gate import Gate, Judgement
 from .latents import LatentLowering
 from .lowered import Lowered, LoweredSite
+from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
@@ -268,7 +268,11 @@ class AttentionLowering:
         if layouts[0].mixing is not None:
             queries = self.signature.extra_output(site.q)
             self.signature.appends.append(replace(binding, queries_output=queries, scale=spec.scale))
-            self._attend_mixed(site, plan, spec, buffers, positions, layouts)
+            assert positions is not None
+            shape = self._shape(site, _size(_fake(keys.past).shape[2]))
+            mixed = MixedLowering(self.graph, self.signature, self.chooser)
+            choice = mixed.attend(site, spec, [*buffers, positions], layouts, shape)
+            self._note(site, choice, shape, _describe(layouts[0]), plan)
             return
         if layouts[0].prefixes:
             self.signature.appends.append(binding)
@@ -287,8 +291,8 @@ class AttentionLowering:
         if _latent(*layouts):
             fresh = self.latents.tokens(site, layouts)
             rebuilding, first = self.latents.rebuilding(site, layouts, lens)
-            args = (site.q, *fresh, *buffers, lens, site.mask, positions, *rebuilding, choice.key())
-            self._replace(site, torch.ops.torchaccel.attend_latents.default, args)
+            with_factors = (site.q, *fresh, *args[3:], *rebuilding, choice.key())
+            self._replace(site, torch.ops.torchaccel.attend_latents.default, with_factors)
             binding = replace(binding, table=first)
         elif mass:
             with_sides = (*args, None, None, choice.key())
@@ -354,42 +358,6 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_shared.default, (*args, of_own.key(), choice.key()))
         layout = f"{_describe(layouts[0])}, shared prefix of {' and of '.join(str(count) for count in rows)} rows"
         self._note(site, choice, of_prefix, layout, plan)
-
-    def _attend_mixed(
-        self,
-        site: AttentionSite,
-        plan: SitePlan,
-        spec: AttentionSpec,
-        buffers: list[Node],
-        positions: Node | None,
-        layouts: tuple[Layout, Layout],
-    ) -> None:
-        """Attention to tokens of several classes, whose values were divided by a scale for each channel."""
-        keys, values, mixing = site.key_cache.past, site.value_cache.past, layouts[0].mixing
-        assert keys is not None and values is not None and mixing is not None
-        count = len(mixing.formats)
-        classes: list[Node] = []
-        for index in range(count):
-            names = (keys, 0, f"class{index}"), (values, 1, f"class{index}"), (keys, 0, f"places{index}")
-            classes += [self.signature.buffer(past, layouts[which], name) for past, which, name in names]
-        scale = self.signature.buffer(values, layouts[1], "scale")
-        scale.meta["example_value"] = _fake(values).scale
-        lens = self.signature.placeholder(f"{keys.name}_lens", torch.zeros(1 + count, 3, dtype=torch.int64))
-        shape = self._shape(site, _size(_fake(keys).shape[2]))
-        choice = self.chooser.plan(mixed_precision.spec_of(spec), shape)
-        others = [self.chooser.plan(mixed_precision.spec_of(spec, of_class), shape) for of_class in mixing.formats]
-        with self.graph.inserting_before(site.node):
-            fresh = annotate(self.graph.call_function(operator.truediv, (site.value_cache.new, scale)))
-            wide = annotate(self.graph.call_method("repeat_interleave", (scale, spec.group, 1)))
-            args = (site.q, site.key_cache.new, fresh, *buffers, lens, site.mask, positions, classes)
-            keys_of_plans = [of.key() for of in (choice, *others)]
-            out = self.graph.call_function(torch.ops.torchaccel.attend_mixed.default, (*args, *keys_of_plans))
-            out.meta = dict(site.node.meta)
-            scaled = self.graph.call_function(operator.mul, (out, wide))
-        scaled.meta = dict(site.node.meta)
-        site.node.replace_all_uses_with(scaled)
-        self.graph.erase_node(site.node)
-        self._note(site, choice, shape, _describe(layouts[0]), plan)
 
     def _replace(
         self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None

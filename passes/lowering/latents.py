@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,21 @@ def key_rotation(site: AttentionSite) -> Rotation | Decline | None:
     return found
 
 
+def _tables(rotation: Rotation) -> tuple[Node, Node]:
+    """Cosine and sine ``[B | 1, .., S, R]`` before every layer gave them a dimension for the heads."""
+
+    def base(node: Node) -> Node:
+        while op_name(node) == "unsqueeze" or (op_name(node) == "getitem" and _only_widens(node.args[1])):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    return base(rotation.cos), base(rotation.sin)
+
+
+def _only_widens(index: Any) -> bool:
+    return isinstance(index, tuple) and all(part is None or part == slice(None) for part in index)
+
+
 def _is_turned(keys: Node) -> bool:
     """Whether keys are computed as rotary embeddings are, by sums of products, in a way that is not known."""
     node = keys
@@ -49,6 +65,7 @@ class LatentLowering:
 
     def __post_init__(self) -> None:
         self._tables: dict[tuple[Node, Node], Node] = {}
+        self._constants: dict[str, Node] = {}
 
     def store(self, site: AttentionSite, layouts: tuple[Layout, Layout]) -> LatentBinding:
         """Make the latents of a prompt, and its rotary table, results of the graph."""
@@ -63,7 +80,8 @@ class LatentLowering:
                     (values, of_values, layouts[1]),
                 )
             ]
-        table = rotation and (self.signature.extra_output(rotation.cos), self.signature.extra_output(rotation.sin))
+        cos, sin = _tables(rotation) if rotation else (None, None)
+        table = (self.signature.extra_output(cos), self.signature.extra_output(sin)) if cos and sin else None
         return LatentBinding(outputs[0], outputs[1], table)
 
     def tokens(self, site: AttentionSite, layouts: tuple[Layout, Layout]) -> tuple[Node, Node]:
@@ -83,20 +101,19 @@ class LatentLowering:
         rotation = rotation_of(site.key_cache.new) if layouts[0].turned else None
         if rotation is not None:
             assert past is not None
-            table = self._tables.get((rotation.cos, rotation.sin))
+            cos, sin = _tables(rotation)
+            table = self._tables.get((cos, sin))
             first = table is None
             if table is None:
                 table = self.signature.buffer(past, layouts[0], "table")
-                self._tables[rotation.cos, rotation.sin] = table
+                self._tables[cos, sin] = table
         with self.graph.inserting_before(site.node):
             projections = [
                 None if factors is None else self._constant(f"{factors.digest}_projection", factors.projection)
                 for factors in (of_keys, of_values)
             ]
             if first and rotation is not None:
-                self.graph.call_function(
-                    torch.ops.torchaccel.extend_rotary.default, (table, rotation.cos, rotation.sin, lens)
-                )
+                self.graph.call_function(torch.ops.torchaccel.extend_rotary.default, (table, cos, sin, lens))
         return (projections[0], table, projections[1]), first
 
     def _wide(self, x: Node, plain: Node, layout: Layout) -> Node:
@@ -116,9 +133,12 @@ class LatentLowering:
     def _constant(self, name: str, value: Tensor) -> Node:
         """A node that reads a constant, which the module holds under ``name``."""
         name = f"factors_{name}"
-        if not hasattr(self.module, name):
-            self.module.register_buffer(name, value, persistent=False)
-        node = self.graph.get_attr(name)
+        if name in self._constants:
+            return self._constants[name]
+        self.module.register_buffer(name, value, persistent=False)
+        # Where the model's own weights are: whatever reads it may be moved as far up as its other inputs allow.
+        with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+            node = self._constants[name] = self.graph.get_attr(name)
         mode = fake_mode(self.graph)
         node.meta["example_value"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
         return node

@@ -124,7 +124,7 @@ def _insert(
     graphs: list[int],
 ) -> None:
     def show(mask: Tensor | None, keys: Tensor, *tensors: Tensor) -> None:
-        seen = dict(zip(wanted, tensors, strict=True))
+        seen: dict[str, Tensor] = dict(zip(wanted, tensors, strict=True))
         shape = site_shape(site)
         observe(Observation(graphs[0] + site.index, shape, site.name, float(site.scale), _valid(mask, keys), seen))
 

@@ -83,6 +83,8 @@ def moved(storage: Storage, device: torch.device) -> Storage:
         layout = replace(part.layout, factors=factors)
         table = None if part.table is None else part.table.to(device)
         new = Storage(layout, part.buf.to(device), part.filled, slots, part.contiguous_from, prefixes, table)
+        new.classes = tuple(move(of_class) for of_class in part.classes)
+        new.scale = None if part.scale is None else part.scale.to(device)
         if part.record is not None:
             state = {name: x.to(device) for name, x in part.record.state.items()}
             new.record = replace(part.record, state=state)

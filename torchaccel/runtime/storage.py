@@ -138,7 +138,8 @@ class Storage:
     @property
     def inner(self) -> dict[str, Tensor]:
         """The tensors that a graph reads besides ``buf``, by the names of ``kv.inner_names``."""
-        found = {"positions": self.positions, "table": self.table and self.table.buf, "scale": self.scale}
+        table = None if self.table is None else self.table.buf
+        found = {"positions": self.positions, "table": table, "scale": self.scale}
         found |= {f"prefix{index}": prefix.storage.buf for index, prefix in enumerate(self.prefixes)}
         for index, part in enumerate(self.classes):
             found |= {f"class{index}": part.buf, f"places{index}": part.positions}
