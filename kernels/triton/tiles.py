@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from ..spec import AttentionSpec
+from .source import padded
 
 # Shared memory of one thread block, in bytes.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
@@ -74,6 +75,9 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_80", "quantised", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_80", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 2)),
     ("sm_80", "quantised", 256): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_80", "latent", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
+    ("sm_80", "latent", 128): (DecodeConfig(64, 8, 2), DecodeConfig(64, 8, 2)),
+    ("sm_80", "latent", 256): (DecodeConfig(32, 8, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
     ("sm_80", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
@@ -83,6 +87,9 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_90", "quantised", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "quantised", 256): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "latent", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "latent", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "latent", 256): (DecodeConfig(32, 8, 3), DecodeConfig(32, 8, 3)),
     ("sm_90", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_90", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
     ("sm_90", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
@@ -92,10 +99,15 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("gfx942", "quantised", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
     ("gfx942", "quantised", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
     ("gfx942", "quantised", 256): (DecodeConfig(64, 4, 1), DecodeConfig(64, 4, 1)),
+    ("gfx942", "latent", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 2)),
+    ("gfx942", "latent", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 2)),
+    ("gfx942", "latent", 256): (DecodeConfig(32, 4, 2), DecodeConfig(32, 4, 2)),
     ("gfx942", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 128): (DecodeConfig(32, 4, 1), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 256): (DecodeConfig(32, 4, 1), DecodeConfig(32, 4, 1)),
 }
+# Numbers of a block whose quantisation error, in float64, still fits the registers of one program: warps for it.
+CORRECTING_WARPS = {8192: 8, 16384: 16}
 # Query rows of a KV head (padded to a power of two) whose accumulator still fits the registers of one program.
 MAX_ROWS: dict[tuple[str, int], int] = {
     ("half", 64): 128,
@@ -104,6 +116,9 @@ MAX_ROWS: dict[tuple[str, int], int] = {
     ("quantised", 64): 128,
     ("quantised", 128): 64,
     ("quantised", 256): 16,
+    ("latent", 64): 128,
+    ("latent", 128): 64,
+    ("latent", 256): 16,
     ("float32", 64): 64,
     ("float32", 128): 32,
     ("float32", 256): 16,
@@ -133,7 +148,9 @@ def width_of(head_dim: int) -> int:
 
 
 def storage_of(spec: AttentionSpec) -> str:
-    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "quantised" or "float32"."""
+    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "float32", "quantised" or "latent"."""
+    if spec.key_format.kind == "latent":
+        return "latent"
     if spec.key_format.is_quantised or spec.value_format.is_quantised:
         return "quantised"
     return "float32" if spec.dtype == "float32" else "half"
@@ -148,6 +165,13 @@ def decode_config(spec: AttentionSpec, family: str, rows: int) -> DecodeConfig:
     """Launch choices for ``rows`` query rows per KV head (already a power of two)."""
     few, many = DECODE_TILES[family, storage_of(spec), width_of(spec.head_dim)]
     return few if rows <= 32 else many
+
+
+def completion_warps(spec: AttentionSpec) -> int | None:
+    """Warps that encode a complete block of keys or values; None where one program cannot hold what that takes."""
+    corrected = [fmt for fmt in (spec.key_format, spec.value_format) if fmt.is_corrected]
+    numbers = max((fmt.block * padded(fmt.head_dim) for fmt in corrected), default=0)
+    return next((warps for size, warps in CORRECTING_WARPS.items() if numbers <= size), None)
 
 
 def prefill_tile(spec: AttentionSpec, family: str) -> Tile:
