@@ -12,10 +12,10 @@ from ..codebook import gaussian
 def table_polynomial(bits: int) -> tuple[float, ...]:
     """Coefficients of x, x**3, x**5, ... whose sum at ``x = 2 * code + 1 - 2**bits`` is ``gaussian(bits)[code]``.
 
-    The table is odd, so half as many coefficients as it has numbers go through all of them: 8 multiplications and
-    additions for 4 bits, where a tree of selects takes 7 selects and as many steps to prepare them, and a table in memory
-    a load for every element. In float32 the relative error is below 3e-7, with or without fused additions. Solved in
-    fractions and rounded to 9 digits, which say all of a float32: the same text on every machine.
+    The table is odd, so half as many coefficients as it has numbers go through all of them: 8 fused multiplications and
+    additions for 4 bits. A tree of selects takes 7 selects and as many steps to prepare them, a table in memory a load
+    for every element, for which Triton reserves shared memory. In float32 the relative error is below 3e-7, fused or
+    not. Solved in fractions and rounded to 9 digits, which say all of a float32: the same text on every machine.
     """
     numbers = gaussian(bits)[2 ** (bits - 1) :]
     size = len(numbers)

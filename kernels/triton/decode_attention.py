@@ -144,7 +144,9 @@ class DecodeAttention:
         if spec.rotary != "none":
             cos, sin = _tables(*rotary.tables(spec, cos, sin, q.shape[0], n))
         rebuilding = _rebuilding(spec.key_format, projection, table, k_buf.shape[1])
-        call = _Call(k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin, *rebuilding)
+        call = _Call(
+            k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin, *rebuilding
+        )
         if supports(spec, n):
             if spec.rotary != "none":
                 q = rotary.rotated(spec, q, cos, sin)
@@ -354,7 +356,7 @@ class _Call:
 
 
 def turned_parts(turned: int, head_dim: int) -> dict[str, int]:
-    """The parts in which keys are rebuilt, of which the rotary embedding turns ``turned`` channels; 0: there is none."""
+    """The parts in which keys are rebuilt, padded, 0 for none; the rotary embedding turns ``turned`` channels."""
     rest = head_dim - turned
     return {"TURNED": turned, "HALF": padded(turned // 2) if turned else 0, "REST": padded(rest) if rest else 0}
 

@@ -10,7 +10,7 @@ from .. import low_rank
 from ..codebook import gaussian
 from ..spec import DTYPES, AttentionSpec, KVFormat
 from .codebook_polynomial import table_polynomial
-from .source import padded, render
+from .source import padded, power_of_two, render
 from .units import stride_unit
 
 _TENSORS = {
@@ -150,6 +150,7 @@ def generate(spec: AttentionSpec, append: bool = True, stream: bool = False) -> 
         skips_masked=spec.mask == "bool" and not append,
         weighs=spec.mass and not append,
         padded=padded,
+        power_of_two=power_of_two,
         offset_in_block=offset_in_block,
         table_polynomial=table_polynomial,
         gaussian=gaussian,

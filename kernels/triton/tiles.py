@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -76,7 +76,7 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_80", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 2)),
     ("sm_80", "quantised", 256): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
     ("sm_80", "latent", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
-    ("sm_80", "latent", 128): (DecodeConfig(64, 8, 2), DecodeConfig(64, 8, 2)),
+    ("sm_80", "latent", 128): (DecodeConfig(64, 8, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "latent", 256): (DecodeConfig(32, 8, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
@@ -88,7 +88,7 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_90", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "quantised", 256): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "latent", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
-    ("sm_90", "latent", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "latent", 128): (DecodeConfig(64, 8, 3), DecodeConfig(32, 8, 3)),
     ("sm_90", "latent", 256): (DecodeConfig(32, 8, 3), DecodeConfig(32, 8, 3)),
     ("sm_90", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_90", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
@@ -106,8 +106,9 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("gfx942", "float32", 128): (DecodeConfig(32, 4, 1), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 256): (DecodeConfig(32, 4, 1), DecodeConfig(32, 4, 1)),
 }
-# Numbers of a block whose quantisation error, in float64, still fits the registers of one program: warps for it.
-CORRECTING_WARPS = {8192: 8, 16384: 16}
+# Warps that encode a block, and a block with corrections. The error of so many numbers, in float64, still fits their
+# registers; at head dimension 128, 8 warps spill as much as 16 and take twice as long to compile (Triton 3.9, sm_90).
+ENCODING_WARPS, CORRECTING_WARPS, CORRECTED_NUMBERS = 8, 16, 8192
 # Query rows of a KV head (padded to a power of two) whose accumulator still fits the registers of one program.
 MAX_ROWS: dict[tuple[str, int], int] = {
     ("half", 64): 128,
@@ -148,7 +149,7 @@ def width_of(head_dim: int) -> int:
 
 
 def storage_of(spec: AttentionSpec) -> str:
-    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "float32", "quantised" or "latent"."""
+    """The tables' name for how a cache is stored: dense in 16 bits is "half"; "float32", "quantised", "latent"."""
     if spec.key_format.kind == "latent":
         return "latent"
     if spec.key_format.is_quantised or spec.value_format.is_quantised:
@@ -164,14 +165,20 @@ def max_rows(spec: AttentionSpec) -> int:
 def decode_config(spec: AttentionSpec, family: str, rows: int) -> DecodeConfig:
     """Launch choices for ``rows`` query rows per KV head (already a power of two)."""
     few, many = DECODE_TILES[family, storage_of(spec), width_of(spec.head_dim)]
-    return few if rows <= 32 else many
+    config = few if rows <= 32 else many
+    if spec.index == "tokens" and (spec.key_format.is_corrected or spec.value_format.is_corrected):
+        # Every token brings the corrections of a block of its own, each as wide as the tile: 175 KB in three stages.
+        return replace(config, block_n=min(config.block_n, 32), stages=min(config.stages, 2))
+    return config
 
 
 def completion_warps(spec: AttentionSpec) -> int | None:
     """Warps that encode a complete block of keys or values; None where one program cannot hold what that takes."""
-    corrected = [fmt for fmt in (spec.key_format, spec.value_format) if fmt.is_corrected]
-    numbers = max((fmt.block * padded(fmt.head_dim) for fmt in corrected), default=0)
-    return next((warps for size, warps in CORRECTING_WARPS.items() if numbers <= size), None)
+    formats = spec.key_format, spec.value_format
+    numbers = max(fmt.block * padded(fmt.head_dim) if fmt.is_corrected else 0 for fmt in formats)
+    if numbers > CORRECTED_NUMBERS:
+        return None
+    return CORRECTING_WARPS if numbers else ENCODING_WARPS
 
 
 def prefill_tile(spec: AttentionSpec, family: str) -> Tile:

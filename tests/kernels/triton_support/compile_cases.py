@@ -105,15 +105,15 @@ _VARIANTS: dict[str, tuple[str, DecodeCase]] = {
     "gear-blocks": ("attend", DecodeCase("", keys="int2", values="int2", **_GEAR, **_OUTLIERS, index="blocks")),
     "gear-tokens": ("attend", DecodeCase("", keys="int4", values="int4", **_GEAR, **_OUTLIERS, index="tokens")),
     "gear-complete": ("complete_block", DecodeCase("", keys="int2", values="int2", **_GEAR, **_OUTLIERS)),
-    "gear-complete-256": (
-        "complete_block", DecodeCase("", keys="int4", values="int4", **_GEAR | {"head_dim": 256}, **_OUTLIERS)
-    ),
     "turbo-int4": ("attend", DecodeCase("", keys="int4", values="int4", **_TURBO)),
     "turbo-int2-tokens": ("attend", DecodeCase("", keys="int2", values="int2", **_TURBO, index="tokens")),
     "turbo-complete": ("complete_block", DecodeCase("", keys="int4", values="int2", **_TURBO)),
     "latent-int8": ("attend", DecodeCase("", values="int8", **_LATENT)),
     "latent-partly-turned": ("attend", DecodeCase("", **_LATENT | {"turned": 32}, index="blocks", split="stream")),
-    "latent-tokens": ("attend", DecodeCase("", **_LATENT | {"key_rank": 7}, index="tokens", rotary="half", rotary_dim=128)),
+    "latent-tokens": (
+        "attend",
+        DecodeCase("", **_LATENT | {"key_rank": 7}, index="tokens", rotary="half", rotary_dim=128),
+    ),
     "latent-complete": ("complete_block", DecodeCase("", values="int4", **_LATENT)),
     "latent-weigh": ("weigh", DecodeCase("", **_LATENT, mass=True, append=False)),
     "merge": ("merge", DecodeCase("", head_dim=128)),
