@@ -408,6 +408,8 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
         moved[5] = torch.stack([moved[5], ~moved[5]], -1).flatten(-2)[..., ::2]
     expected = _expected(case, spec, inputs, lens)
     got = _run(case, spec, moved, lens)
+    if any(x.device.type != device.type for x in got):
+        return f"the results are not on the device {device}"
     return _difference(case, expected, got, inputs, moved)
 
 
