@@ -166,8 +166,9 @@ def decode_config(spec: AttentionSpec, family: str, rows: int) -> DecodeConfig:
     """Launch choices for ``rows`` query rows per KV head (already a power of two)."""
     few, many = DECODE_TILES[family, storage_of(spec), width_of(spec.head_dim)]
     config = few if rows <= 32 else many
-    if spec.index == "tokens" and (spec.key_format.is_corrected or spec.value_format.is_corrected):
-        # Every token brings the corrections of a block of its own, each as wide as the tile: 175 KB in three stages.
+    formats = spec.key_format, spec.value_format
+    if spec.index == "tokens" and any(fmt.is_corrected or fmt.kind == "latent" for fmt in formats):
+        # Every token brings addresses, and corrections, of a block of its own: 175 KB, or spilt registers, otherwise.
         return replace(config, block_n=min(config.block_n, 32), stages=min(config.stages, 2))
     return config
 
