@@ -79,9 +79,9 @@ class Bench:
         return {"ms": ms, "roofline_ms": bound, "roofline_fraction": bound / ms}
 
 
-def random(batch: int, heads: int, tokens: int) -> Tensor:
+def random(batch: int, heads: int, tokens: int, width: int = HEAD_DIM) -> Tensor:
     """Fresh normal bfloat16 numbers on the GPU."""
-    return torch.randn(batch, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(batch, heads, tokens, width, dtype=torch.bfloat16, device="cuda")
 
 
 def on_cpu(*tensors: Tensor | None) -> list[Any]:

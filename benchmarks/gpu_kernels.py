@@ -99,6 +99,10 @@ OTHER_AXES = {
     "keys": replace(DENSE, kind="int4", axis="token"),
     "values": replace(DENSE, kind="int4", axis="channel", packing="token"),
 }
+GEAR = {side: replace(fmt, rank=2, outliers=2) for side, fmt in kivi("int2", 64).items()}
+TURBO = {side: replace(fmt, axis="token", codebook="gaussian") for side, fmt in kivi("int4").items()}
+# A quarter of a key remains; the newest 64 tokens are exact.
+LATENT = {"keys": replace(DENSE, kind="latent", rank=HEAD_DIM // 4, window=64)}
 WINDOW = (("window", 1024), ("sinks", 4))
 BLOCKS = (("index", "blocks"), ("index_block", 64))
 DECODES = [
@@ -114,6 +118,14 @@ DECODES = [
     Decode("decode_int4_window_64_completes_a_block", beyond=-1, **kivi("int4", 32, 64)),
     Decode("decode_int4_other_axes", **OTHER_AXES),
     Decode("decode_int2", **kivi("int2")),
+    Decode("decode_gear_int2", **GEAR),
+    Decode("decode_gear_int2_completes_a_block", beyond=-1, **GEAR),
+    Decode("decode_gear_tokens_16th", share=1 / 16, fields=(("index", "tokens"),), **GEAR),
+    Decode("decode_turbo_int4", **TURBO),
+    Decode("decode_turbo_int4_completes_a_block", beyond=-1, **TURBO),
+    Decode("decode_latent_32", **LATENT),
+    Decode("decode_latent_32_completes_a_block", beyond=-1, **LATENT),
+    Decode("decode_latent_32_stream", split="stream", **LATENT),
     Decode("decode_window_1024_sinks_4", fields=WINDOW),
     Decode("decode_windows_of_half_the_heads", fields=(*WINDOW, ("head_windows", True))),
     Decode("decode_static_half_filled", static=True),
@@ -155,10 +167,11 @@ def decode(bench: Bench, case: Decode, batch: int, length: int, every: bool) -> 
     spec, new = case.spec(), case.new
     length = length // 64 * 64 - 64 + case.beyond % 64
     q = random(batch, HEADS, new)
-    k, v = random(batch, KV_HEADS, length), random(batch, KV_HEADS, length)
-    k_new, v_new = (None, None) if case.static else (random(batch, KV_HEADS, new), random(batch, KV_HEADS, new))
+    formats = spec.key_format, spec.value_format
+    k, v = (random(batch, KV_HEADS, length, fmt.width) for fmt in formats)
+    k_new, v_new = (None, None) if case.static else (random(batch, KV_HEADS, new, fmt.width) for fmt in formats)
     buffers = []
-    for fmt, rows in ((spec.key_format, k), (spec.value_format, v)):
+    for fmt, rows in zip(formats, (k, v), strict=True):
         buffers.append(kv_format.allocate(fmt, batch, KV_HEADS, length + 64, q.device))
         kv_format.append(fmt, buffers[-1], 0, rows)
     lens = torch.tensor([0, length, length])
@@ -177,22 +190,35 @@ def decode(bench: Bench, case: Decode, batch: int, length: int, every: bool) -> 
     if spec.mass:
         read += batch * KV_HEADS * tokens * (spec.key_format.token_bytes + 4)
 
-    inputs = (q, k_new, v_new, *buffers, lens, mask, None, index, windows)
+    rest = (lens, mask, None, index, windows, None, None, *rebuilding(spec.key_format, length + new))
+    rebuilt = 2 * batch * tokens * HEAD_DIM * KV_HEADS**2 * spec.key_format.rank if rest[-1] is not None else 0
+    inputs = (q, k_new, v_new, *buffers, *rest)
     expected = reference.decode_attention(spec, *on_cpu(*inputs))
     # torch gets what it reads for free: the same number of keys, contiguous, without the append.
-    k_seen, v_seen = k[:, :, -seen:].contiguous(), v[:, :, -seen:].contiguous()
+    k_seen, v_seen = k[:, :, -seen:, :HEAD_DIM].contiguous(), v[:, :, -seen:].contiguous()
     sdpa = bench.ms(lambda: F.scaled_dot_product_attention(q, k_seen, v_seen, enable_gqa=True))
     found = decode_attention.configs(spec) if every else ((("split", case.split),),)
     for config in found:
         run = decode_attention.decode_attention(spec, **dict(config))
         stored = [x.clone() for x in buffers]
-        called = (q, k_new, v_new, *stored, lens, mask, None, index, windows)
+        called = (q, k_new, v_new, *stored, *rest)
         agreement = compare(run(*called), expected)
         # Timed where it was checked: appending the same tokens again changes nothing but a completed block's tail.
         ms = bench.ms(lambda run=run, called=called: run(*called))
         line = {"kind": case.name, "batch": batch, "length": length, "config": dict(config), **agreement}
-        line |= bench.roofline(ms, read=read)
+        line |= bench.roofline(ms, read=read, flops=rebuilt)
         yield line | {"sdpa_ms": sdpa, "launch_us": bench.launch_us(lambda run=run, called=called: run(*called))}
+
+
+def rebuilding(fmt: KVFormat, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """A projection and a rotary table for latent keys."""
+    if fmt.kind != "latent":
+        return None, None
+    size = KV_HEADS * fmt.rank
+    projection = (torch.randn(KV_HEADS, size, HEAD_DIM, device="cuda") / size**0.5).bfloat16()
+    speeds = torch.logspace(0, -4, HEAD_DIM // 2, device="cuda").repeat(2)
+    angles = torch.arange(columns, device="cuda")[None, :, None] * speeds
+    return projection, torch.stack([angles.cos(), angles.sin()])
 
 
 def prefill(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from . import fused_reference, kv_format, reference, rotation, selection_reference
+from . import fused_reference, kv_format, reference, rotary, rotation, selection_reference
 from .candidates import Candidate, build
 from .fused_spec import FusedSpec
 from .plan import Plan
@@ -115,9 +115,12 @@ def attend(plan: str) -> Callable[..., Any]:
 
 def _decode(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:
     """A candidate as models call it: caches whose codebook is for rotated tokens hold such ones."""
-    run = realise(spec, candidate)
     formats = spec.key_format, spec.value_format
-    return rotation.rotated(run, *formats) if any(fmt.codebook == "gaussian" for fmt in formats) else run
+    if all(fmt.codebook == "uniform" for fmt in formats):
+        return realise(spec, candidate)
+    # Tokens are turned behind the rotary embedding, so the kernel, which comes last, cannot do that as well.
+    run = rotation.rotated(realise(replace(spec, rotary="none", rotary_dim=0), candidate), *formats)
+    return run if spec.rotary == "none" else rotary.before(run, spec)
 
 
 @lru_cache(maxsize=4096)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,21 @@ def rotated(spec: AttentionSpec, x: Tensor, cos: Tensor | None, sin: Tensor | No
     else:
         turned = torch.stack((-head[..., 1::2], head[..., ::2]), -1).flatten(-2)
     return torch.cat(((head * cos + turned * sin).to(x.dtype), x[..., spec.rotary_dim :]), -1)
+
+
+def before(attend: Callable[..., Any], spec: AttentionSpec) -> Callable[..., Any]:
+    """Decode attention that rotates q and k_new as ``spec`` says and then calls ``attend``, which does not rotate.
+
+    attend: any implementation of ``reference.decode_attention`` for a spec that does not rotate, without that spec.
+    """
+
+    def run(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, *rest: Any) -> Any:
+        # Behind k_buf, v_buf, lens, mask, positions, index and head_windows.
+        cos, sin = rest[7:9]
+        k_new = None if k_new is None else rotated(spec, k_new, cos, sin)
+        return attend(rotated(spec, q, cos, sin), k_new, v_new, *rest[:7], None, None, *rest[9:])
+
+    return run
 
 
 def tables(

@@ -12,70 +12,29 @@ import torch
 from torch import Tensor
 
 from .. import kv_format, rotary
-from ..spec import AttentionSpec, KVFormat
+from ..spec import DTYPES, AttentionSpec, KVFormat
 from .decode_source import (
+    blocked_format,
     completion_parameters,
     generate,
     parameters,
-    quantised_format,
     skips_window,
     weigh_parameters,
     widest_tile,
 )
+from .decode_support import MAX_NEW_TOKENS, supports
 from .source import load, padded
-from .tiles import PRECISION, DecodeConfig, decode_config, device_facts, max_rows, split_count, stream_tiles
+from .tiles import (
+    PRECISION,
+    DecodeConfig,
+    completion_warps,
+    decode_config,
+    device_facts,
+    max_rows,
+    split_count,
+    stream_tiles,
+)
 from .units import buffer_strides, mask_strides, rows_in_units
-
-MAX_NEW_TOKENS = 16
-
-
-def supports(spec: AttentionSpec, new_tokens: int = 1) -> str | None:
-    """Why one launch cannot realise ``spec`` for ``new_tokens`` tokens, or None when it can."""
-    keys, values = spec.key_format, spec.value_format
-    if spec.phase != "decode":
-        return f"decode kernels realise the phase 'decode', not {spec.phase!r}"
-    if not 1 <= new_tokens <= MAX_NEW_TOKENS:
-        return f"one launch appends 1 to {MAX_NEW_TOKENS} tokens, not {new_tokens}"
-    if not 1 <= spec.head_dim <= 256:
-        return f"head dimensions up to 256, not {spec.head_dim}"
-    for name, fmt in (("key", keys), ("value", values)):
-        if fmt.kind == "empty":
-            return f"an empty {name} format holds nothing to attend to"
-        if fmt.kind == "latent":
-            return f"{name}s are read as they are stored, not rebuilt from latents"
-        if (fmt.dtype, fmt.head_dim) != (spec.dtype, spec.head_dim):
-            return f"the {name} format must have the dtype and head dimension of the queries"
-        if fmt.is_quantised and (reason := _refuses(fmt)):
-            return f"{name} {reason}"
-    if keys.is_quantised and values.is_quantised and (keys.block, keys.window) != (values.block, values.window):
-        return "quantised keys and values must have the same block and window"
-    if spec.index == "blocks" and (spec.index_block < 16 or spec.index_block % 16):
-        return f"lists of blocks of a multiple of 16 slots, not {spec.index_block}"
-    if padded(spec.group * new_tokens) > max_rows(spec):
-        return (
-            f"one program holds {max_rows(spec)} query rows of a KV head at head dimension {spec.head_dim}; "
-            f"group x new tokens is {spec.group * new_tokens}"
-        )
-    if spec.softcap is not None and spec.softcap <= 0:
-        return f"softcap must be positive, found {spec.softcap}"
-    if spec.window is not None and spec.window < 1:
-        return f"window must be at least 1, found {spec.window}"
-    return rotary.refused(spec)
-
-
-def _refuses(fmt: KVFormat) -> str | None:
-    if fmt.is_corrected:
-        return f"codes are read as they are, without corrections; found rank {fmt.rank}, {fmt.outliers} outliers"
-    if fmt.codebook != "uniform":
-        return f"codes are scaled, not looked up; found codebook '{fmt.codebook}'"
-    size = fmt.group_size
-    if fmt.block < 16 or fmt.block & (fmt.block - 1):
-        return f"blocks of a power of two tokens from 16 on, not {fmt.block}"
-    if fmt.axis == "channel" and (size < 16 or fmt.block % size):
-        return f"groups of tokens that divide the block and are multiples of 16, not {size}"
-    if fmt.axis == "token" and (fmt.head_dim % size or (size != fmt.head_dim and size & (size - 1))):
-        return f"groups of channels that are whole tokens or a power of two that divides them, not {size}"
-    return None
 
 
 def configs(spec: AttentionSpec) -> tuple[tuple[tuple[str, int | str], ...], ...]:
@@ -127,7 +86,7 @@ class DecodeAttention:
             raise ValueError(f"block_n must be a power of two from 16 on{limit} for this spec, found {block_n}")
         self.spec = spec
         self.choices = choices
-        self._quantised = quantised_format(spec)
+        self._blocked = blocked_format(spec)
         self._has_first_column = bool(spec.sinks) and spec.window is not None
         self._plans: dict[tuple[bool, int, torch.device], _Plan] = {}
 
@@ -159,6 +118,9 @@ class DecodeAttention:
         head_windows: Tensor | None = None,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
+        projection: Tensor | None = None,
+        table: Tensor | None = None,
+        value_projection: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Append ``k_new`` and ``v_new`` in place, then attend over everything stored, or what ``index`` lists.
 
@@ -168,6 +130,8 @@ class DecodeAttention:
         slot, end of the filled slots, logical length, before the append. mask: ``[B | 1, H | 1, Q, columns]``, any
         strides. positions: int32 ``[B, 1 | H_kv, C]``, updated in place. index: int32 ``[B, H_kv, N]``.
         head_windows: int32 ``[H_kv]``. cos, sin: ``[B | 1, Q, rotary_dim]``, for specs that rotate q and k_new.
+        projection, table: for latent keys, see ``latents.rebuild``; k_new is ``[B, H_kv, Q, D + rank]`` then.
+        value_projection: None, latent values are not supported.
         Returns ``[B, H, Q, D]``, contiguous, in q's dtype (rows that see no key are zero), and behind it what the spec
         asks for: log-sum-exp, float32 ``[B, H, Q]``, and mass, float32 ``[B, H_kv, C]``.
         """
@@ -181,40 +145,58 @@ class DecodeAttention:
         n = q.shape[2]
         if spec.rotary != "none":
             cos, sin = _tables(*rotary.tables(spec, cos, sin, q.shape[0], n))
-        call = _Call(k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin)
+        rebuilding = _rebuilding(spec.key_format, projection, table, k_buf.shape[1], logical + n)
+        call = _Call(
+            k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin, *rebuilding
+        )
         if supports(spec, n):
             if spec.rotary != "none":
                 q = rotary.rotated(spec, q, cos, sin)
                 k_new = None if k_new is None else rotary.rotated(spec, k_new, cos, sin)
                 plain = decode_attention(replace(spec, rotary="none", rotary_dim=0), **self.choices)
-                return plain(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)
-            if k_new is not None and v_new is not None:
-                kv_format.append(spec.key_format, k_buf, end, k_new)
-                kv_format.append(spec.value_format, v_buf, end, v_new)
-                if positions is not None:
-                    positions[..., end : end + n] = torch.arange(logical, logical + n, device=positions.device)
-                call = replace(call, end=end + n)
-            return self._in_parts(q, call)
+                seen = mask, positions, index, head_windows
+                return plain(q, k_new, v_new, k_buf, v_buf, lens, *seen, projection=projection, table=table)
+            return self._in_parts(q, self._stored(call, k_new, v_new))
         fresh: dict[str, Any] = {}
-        completes = False
         if k_new is not None and v_new is not None:
-            fmt = self._quantised
-            # Once in a block: quantising, and what it takes, needs registers that the other steps should not pay for.
+            fmt = self._blocked
+            # Once in a block: encoding, and what it takes, needs registers that the other steps should not pay for.
             completes = fmt is not None and fmt.quantised(end + n) > fmt.quantised(end)
             if completes:
                 k_new = rotary.rotated(spec, k_new, cos, sin)
-            k_new, *k_strides = rows_in_units(k_new, spec.head_dim)
-            v_new, *v_strides = rows_in_units(v_new, spec.head_dim)
-            fresh = {"k_new": k_new, "v_new": v_new}
-            fresh |= zip(("kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"), (*k_strides, *v_strides), strict=True)
-        with torch.cuda.device_of(q):
-            if completes:
-                values = self._arguments(q, call, fresh)
-                plan = self._plan(True, n, q.device)
-                completion = [values[name] for name in completion_parameters(spec)]
-                plan.module.complete_block[(k_buf.shape[1], q.shape[0])](*completion, Q=n, num_warps=8)
+            warps = completion_warps(spec)
+            if completes and warps is None:
+                call = self._stored(call, k_new, v_new)
+            else:
+                fresh = self._fresh(k_new, v_new)
+            if completes and warps is not None:
+                with torch.cuda.device_of(q):
+                    values = self._arguments(q, call, fresh)
+                    plan = self._plan(True, n, q.device)
+                    completion = [values[name] for name in completion_parameters(spec)]
+                    plan.module.complete_block[(k_buf.shape[1], q.shape[0])](*completion, Q=n, num_warps=warps)
                 call, fresh = replace(call, end=end + n), {}
+        with torch.cuda.device_of(q):
             return self._attend(q, call, fresh)
+
+    def _stored(self, call: _Call, k_new: Tensor | None, v_new: Tensor | None) -> _Call:
+        """The call after stock operators have appended the new tokens, where there are any."""
+        if k_new is None or v_new is None:
+            return call
+        spec, n = self.spec, k_new.shape[2]
+        kv_format.append(spec.key_format, call.k_buf, call.end, k_new)
+        kv_format.append(spec.value_format, call.v_buf, call.end, v_new)
+        if call.positions is not None:
+            columns = torch.arange(call.logical, call.logical + n, device=call.positions.device)
+            call.positions[..., call.end : call.end + n] = columns
+        return replace(call, end=call.end + n)
+
+    def _fresh(self, k_new: Tensor, v_new: Tensor) -> dict[str, Any]:
+        """The new tokens and their strides, by the name of the parameter."""
+        k_new, *k_strides = rows_in_units(k_new, self.spec.key_format.width)
+        v_new, *v_strides = rows_in_units(v_new, self.spec.head_dim)
+        names = "kn_b", "kn_h", "kn_t", "vn_b", "vn_h", "vn_t"
+        return {"k_new": k_new, "v_new": v_new, **dict(zip(names, (*k_strides, *v_strides), strict=True))}
 
     def _attend(self, q: Tensor, call: _Call, fresh: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
         """Launch ``attend``, and what its split and the spec's side results need."""
@@ -232,7 +214,7 @@ class DecodeAttention:
             "PRECISION": plan.precision,
             "num_warps": config.warps,
             "num_stages": config.stages,
-        } | self._mask_constants(call.mask)
+        } | self._call_constants(call)
         out = q.new_empty(batch, heads, n, d)
         results = [out]
         sides: list[Tensor] = []
@@ -283,8 +265,8 @@ class DecodeAttention:
         return mass
 
     def _tiles(self, call: _Call, block_n: int, new: int) -> tuple[int, int]:
-        """Tiles of the longest unit: those of the cache, and those of the tail of quantised formats."""
-        spec, fmt = self.spec, self._quantised
+        """Tiles of the longest unit: those of the cache, and those of the tail of formats with blocks."""
+        spec, fmt = self.spec, self._blocked
         stop = fmt.quantised(call.end) if fmt else call.end
         recents = _cdiv(call.end - stop + new, block_n) if fmt else 0
         every = max(_cdiv(stop, block_n) - call.start // block_n, 0)
@@ -325,6 +307,9 @@ class DecodeAttention:
         if call.cos is not None:
             steps = call.cos.stride(0) if call.cos.shape[0] > 1 else 0, call.cos.stride(1)
             values |= {"cos": call.cos, "sin": call.sin, "table_b": steps[0], "table_t": steps[1]}
+        if call.table is not None:
+            values |= {"projection": call.projection, "angles": call.table, "angles_s": call.table.stride(0)}
+            values["angles_b"] = call.table.stride(1) if call.table.shape[1] > 1 else 0
         return values
 
     def _in_parts(self, q: Tensor, call: _Call) -> Tensor | tuple[Tensor, ...]:
@@ -340,13 +325,15 @@ class DecodeAttention:
         results = [torch.cat(column, 2) for column in columns] + mass
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _mask_constants(self, mask: Tensor | None) -> dict[str, Any]:
-        """What a kernel is compiled for of a mask."""
-        if mask is None:
-            return {}
-        constants: dict[str, Any] = {"MASK_ROWS": mask.shape[2] > 1 or mask.shape[1] > 1}
-        if self._has_first_column and self.spec.mask == "additive":
-            constants["MASK_FLOOR"] = torch.finfo(mask.dtype).min / 2
+    def _call_constants(self, call: _Call) -> dict[str, Any]:
+        """What a kernel is compiled for of a mask, and of the table that turns rebuilt keys."""
+        constants: dict[str, Any] = {}
+        if call.mask is not None:
+            constants["MASK_ROWS"] = call.mask.shape[2] > 1 or call.mask.shape[1] > 1
+            if self._has_first_column and self.spec.mask == "additive":
+                constants["MASK_FLOOR"] = torch.finfo(call.mask.dtype).min / 2
+        if call.table is not None:
+            constants |= turned_parts(call.table.shape[3], self.spec.head_dim)
         return constants
 
 
@@ -366,6 +353,33 @@ class _Call:
     head_windows: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
+    projection: Tensor | None
+    table: Tensor | None
+
+
+def turned_parts(turned: int, head_dim: int) -> dict[str, int]:
+    """The parts in which keys are rebuilt, padded, 0 for none; the rotary embedding turns ``turned`` channels."""
+    rest = head_dim - turned
+    return {"TURNED": turned, "HALF": padded(turned // 2) if turned else 0, "REST": padded(rest) if rest else 0}
+
+
+def _rebuilding(
+    fmt: KVFormat, projection: Tensor | None, table: Tensor | None, heads: int, columns: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What latent keys are rebuilt with, as the kernel reads it; nothing for other keys.
+
+    Keys without rotary embedding are turned by no angle at each of the ``columns``.
+    """
+    if fmt.kind != "latent":
+        return None, None
+    shape = heads, heads * fmt.rank, fmt.head_dim
+    if projection is None or tuple(projection.shape) != shape:
+        found = "none" if projection is None else list(projection.shape)
+        raise ValueError(f"latent keys need a projection {list(shape)}; found {found}")
+    if table is None:
+        turn = torch.tensor([1.0, 0.0], device=projection.device)
+        table = turn.view(2, 1, 1, 1).expand(2, 1, columns, 2)
+    return projection.to(DTYPES[fmt.dtype]).contiguous(), table.float().contiguous()
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

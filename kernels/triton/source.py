@@ -87,7 +87,12 @@ def scalars(names: list[str], tensors: set[str]) -> str:
 
 def padded(size: int) -> int:
     """The power of two, at least 16 (the smallest matrix product of the tensor cores), that holds ``size``."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The power of two that holds ``size``, at least 1."""
+    return 1 << (size - 1).bit_length()
 
 
 def write(source: str, stem: str) -> Path:

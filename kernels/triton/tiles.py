@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
 
 from ..spec import AttentionSpec
+from .source import padded
 
 # Shared memory of one thread block, in bytes.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
@@ -74,6 +75,9 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_80", "quantised", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_80", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 2)),
     ("sm_80", "quantised", 256): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_80", "latent", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 8, 2)),
+    ("sm_80", "latent", 128): (DecodeConfig(64, 8, 2), DecodeConfig(32, 8, 2)),
+    ("sm_80", "latent", 256): (DecodeConfig(32, 8, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_80", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
     ("sm_80", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
@@ -83,6 +87,9 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("sm_90", "quantised", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "quantised", 128): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
     ("sm_90", "quantised", 256): (DecodeConfig(64, 8, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "latent", 64): (DecodeConfig(64, 4, 3), DecodeConfig(64, 8, 3)),
+    ("sm_90", "latent", 128): (DecodeConfig(64, 8, 3), DecodeConfig(32, 8, 3)),
+    ("sm_90", "latent", 256): (DecodeConfig(32, 8, 3), DecodeConfig(32, 8, 3)),
     ("sm_90", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 2)),
     ("sm_90", "float32", 128): (DecodeConfig(16, 8, 2), DecodeConfig(16, 8, 2)),
     ("sm_90", "float32", 256): (DecodeConfig(16, 8, 1), DecodeConfig(16, 8, 1)),
@@ -92,10 +99,16 @@ DECODE_TILES: dict[tuple[str, str, int], tuple[DecodeConfig, DecodeConfig]] = {
     ("gfx942", "quantised", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
     ("gfx942", "quantised", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 1)),
     ("gfx942", "quantised", 256): (DecodeConfig(64, 4, 1), DecodeConfig(64, 4, 1)),
+    ("gfx942", "latent", 64): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 2)),
+    ("gfx942", "latent", 128): (DecodeConfig(64, 4, 2), DecodeConfig(64, 4, 2)),
+    ("gfx942", "latent", 256): (DecodeConfig(32, 4, 2), DecodeConfig(32, 4, 2)),
     ("gfx942", "float32", 64): (DecodeConfig(32, 4, 2), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 128): (DecodeConfig(32, 4, 1), DecodeConfig(32, 8, 1)),
     ("gfx942", "float32", 256): (DecodeConfig(32, 4, 1), DecodeConfig(32, 4, 1)),
 }
+# Warps that encode a block, and a block with corrections. The error of so many numbers, in float64, still fits their
+# registers; at head dimension 128, 8 warps spill as much as 16 and take twice as long to compile (Triton 3.9, sm_90).
+ENCODING_WARPS, CORRECTING_WARPS, CORRECTED_NUMBERS = 8, 16, 8192
 # Query rows of a KV head (padded to a power of two) whose accumulator still fits the registers of one program.
 MAX_ROWS: dict[tuple[str, int], int] = {
     ("half", 64): 128,
@@ -104,6 +117,9 @@ MAX_ROWS: dict[tuple[str, int], int] = {
     ("quantised", 64): 128,
     ("quantised", 128): 64,
     ("quantised", 256): 16,
+    ("latent", 64): 128,
+    ("latent", 128): 64,
+    ("latent", 256): 16,
     ("float32", 64): 64,
     ("float32", 128): 32,
     ("float32", 256): 16,
@@ -133,7 +149,9 @@ def width_of(head_dim: int) -> int:
 
 
 def storage_of(spec: AttentionSpec) -> str:
-    """The tables' name for how ``spec`` stores its cache: "half" (dense, 16 bits), "quantised" or "float32"."""
+    """The tables' name for how a cache is stored: dense in 16 bits is "half"; "float32", "quantised", "latent"."""
+    if spec.key_format.kind == "latent":
+        return "latent"
     if spec.key_format.is_quantised or spec.value_format.is_quantised:
         return "quantised"
     return "float32" if spec.dtype == "float32" else "half"
@@ -147,7 +165,21 @@ def max_rows(spec: AttentionSpec) -> int:
 def decode_config(spec: AttentionSpec, family: str, rows: int) -> DecodeConfig:
     """Launch choices for ``rows`` query rows per KV head (already a power of two)."""
     few, many = DECODE_TILES[family, storage_of(spec), width_of(spec.head_dim)]
-    return few if rows <= 32 else many
+    config = few if rows <= 32 else many
+    formats = spec.key_format, spec.value_format
+    if spec.index == "tokens" and any(fmt.is_corrected or fmt.kind == "latent" for fmt in formats):
+        # Every token brings addresses, and corrections, of a block of its own: 175 KB, or spilt registers, otherwise.
+        return replace(config, block_n=min(config.block_n, 32), stages=min(config.stages, 2))
+    return config
+
+
+def completion_warps(spec: AttentionSpec) -> int | None:
+    """Warps that encode a complete block of keys or values; None where one program cannot hold what that takes."""
+    formats = spec.key_format, spec.value_format
+    numbers = max(fmt.block * padded(fmt.head_dim) if fmt.is_corrected else 0 for fmt in formats)
+    if numbers > CORRECTED_NUMBERS:
+        return None
+    return CORRECTING_WARPS if numbers else ENCODING_WARPS
 
 
 def prefill_tile(spec: AttentionSpec, family: str) -> Tile:

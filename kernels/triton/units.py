@@ -26,7 +26,7 @@ def on_device(first: Tensor | None, device: torch.device) -> Tensor | None:
 
 def stride_unit(fmt: KVFormat) -> int:
     """Elements of a cache buffer that its batch and head strides are whole multiples of, whatever its capacity."""
-    return gcd(fmt.tail_bytes, fmt.block_bytes) if fmt.is_quantised else fmt.head_dim
+    return gcd(fmt.tail_bytes, fmt.block_bytes) if fmt.is_blocked else fmt.head_dim
 
 
 def buffer_strides(fmt: KVFormat, buf: Tensor) -> list[int]:

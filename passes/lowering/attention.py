@@ -329,6 +329,8 @@ class AttentionLowering:
             return None
         # Stock operators rotate in a dozen launches, Inductor in one loop.
         generated = all(candidate.implementation in ("cpp", "triton") for _, candidate in choice.picks)
+        # Keys for a Gaussian codebook are turned behind the embedding and before the kernel: no launch is saved.
+        generated = generated and choice.spec.key_format.codebook == "uniform"
         return found if generated and self.context.fuel.take() else None
 
     def _attend_shared(

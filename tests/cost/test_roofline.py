@@ -178,6 +178,26 @@ def test_a_tile_that_does_not_fit_shared_memory_is_infeasible() -> None:
     assert predict_ms(attention(), big, LLAMA, H200) == INFEASIBLE
 
 
+def test_a_gpu_pays_for_corrections_by_the_element_and_for_latents_by_the_product() -> None:
+    dense, shape = KVFormat("dense", "bfloat16", 128), AttentionShape(1, 8, 1, 4096)
+    keys, values = KVFormat("int2", "bfloat16", 128, "channel"), KVFormat("int2", "bfloat16", 128, packing="token")
+    plain, low_rank, gear, latent = (
+        amounts(replace(attention(), key_format=k, value_format=v), SPLIT, shape, 132)
+        for k, v in (
+            (keys, values),
+            (replace(keys, rank=2), replace(values, rank=2)),
+            (replace(keys, outliers=2), replace(values, outliers=2)),
+            (KVFormat("latent", "bfloat16", 128, rank=32), dense),
+        )
+    )
+    assert plain.codes < low_rank.codes < 1.1 * plain.codes and gear.codes > 3 * plain.codes
+    rebuilt = 2 * 8 * 128 * (8 * 32) * (4096 - 32)
+    exact = amounts(attention(), SPLIT, shape, 132)
+    assert latent.flops - exact.flops == pytest.approx(rebuilt, rel=1e-6) and latent.size < 0.7 * exact.size
+    spec = replace(attention(), key_format=KVFormat("latent", "bfloat16", 128, rank=32))
+    assert predict_ms(spec, SPLIT, shape, H200) < predict_ms(spec, Candidate("reference"), shape, H200)
+
+
 def test_few_bytes_in_flight_do_not_keep_the_memory_busy() -> None:
     one = Candidate("triton", (("block_n", 16), ("splits", 16), ("stages", 1), ("warps", 4)))
     assert predict_ms(attention(), one, LLAMA, H200) > 2 * predict_ms(attention(), SPLIT, LLAMA, H200)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchaccel.kernels import codebook, kv_format, low_rank, reference, rotation
+from torchaccel.kernels import codebook, kv_format, low_rank, reference, registry, rotation
+from torchaccel.kernels.candidates import Candidate
+from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import AttentionSpec, KVFormat
 
 
@@ -154,3 +156,25 @@ def test_keys_of_specs_without_the_new_fields_stay_as_they_were() -> None:
     spec = AttentionSpec("decode", 64, 3, "float32", dense, gear, 0.125)
     assert AttentionSpec.from_key(spec.key()) == spec
     assert spec.key().count("rank") == 1 and "outliers" not in spec.key()
+
+
+def test_a_model_gets_turned_tokens_behind_the_rotary_embedding() -> None:
+    """Everything is in the exact tail, so the result is that of a dense cache."""
+    torch.manual_seed(0)
+    keys = KVFormat("int4", "float32", 42, window=64, codebook="gaussian")
+    dense, values = KVFormat("dense", "float32", 42), replace(keys, packing="token")
+    spec = AttentionSpec("decode", 42, 3, "float32", keys, values, 42**-0.5, rotary="half", rotary_dim=10, lse=True)
+    q, k_new, v_new = torch.randn(2, 6, 5, 42), torch.randn(2, 2, 5, 42), torch.randn(2, 2, 5, 42)
+    cos, sin = torch.randn(2, 1, 5, 10).unbind(0)
+    lens = torch.tensor([0, 0, 0])
+
+    def run(attend: Any, *formats: KVFormat) -> Any:
+        buffers = [kv_format.allocate(fmt, 2, 2, 64, torch.device("cpu")) for fmt in formats]
+        return attend(q, k_new, v_new, *buffers, lens, None, None, None, None, cos, sin)
+
+    plan = Plan(spec, ((None, Candidate("reference")),))
+    got = run(registry.attend(plan.key()), keys, values)
+    plain = replace(spec, key_format=dense, value_format=dense)
+    want = run(lambda *args: reference.decode_attention(plain, *args), dense, dense)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

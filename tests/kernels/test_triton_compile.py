@@ -28,6 +28,9 @@ def spill_limit(case: CompileCase) -> int:
     if isinstance(case.case, SelectionCase | PromptCase | SummaryCase | FusedCase):
         # Exact float32 products run on the ordinary cores, whose registers hold the operands.
         return 320 if "float32" in case.name else SLACK
+    if case.name.startswith("gear-complete"):
+        # Once in a block: its error in float64, 16 numbers for each thread and as many in between.
+        return 400
     if case.case.dtype != "float32" or case.family == "gfx942":
         return SLACK
     return {64: 200, 128: 200, 256: 1200}[case.case.head_dim]

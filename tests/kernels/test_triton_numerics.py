@@ -5,6 +5,7 @@ All cases of one kind share a process, and a failure lists the cases that went w
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.kernels.triton_support.fused_cases import FUSED_CASES
 from tests.kernels.triton_support.linear_cases import LINEAR_CASES
 from tests.kernels.triton_support.merge_cases import MERGE_CASES
 from tests.kernels.triton_support.prefill_cases import PREFILL_CASES
-from tests.kernels.triton_support.process import errors_of, run_module
+from tests.kernels.triton_support.process import errors_of, run_in_parallel, run_module
 from tests.kernels.triton_support.selection_cases import PROMPT_CASES, SELECTION_CASES, SUMMARY_CASES
 
 pytest.importorskip("triton")
@@ -35,7 +36,8 @@ def test_interpreter_agrees_with_reference(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees_with_reference(tmp_path: Path) -> None:
-    results = run_module("run_cases", "cuda", cache=tmp_path, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    processes = min(8, os.cpu_count() or 1)
+    results = run_in_parallel("run_cases", "cuda", CASES, processes, tmp_path, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     assert errors_of(results, CASES) == {}
 
 

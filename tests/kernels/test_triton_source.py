@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchaccel.kernels import registry
+from torchaccel.kernels import codebook, kv_format, registry
 from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from torchaccel.kernels.spec import AttentionSpec, LinearSpec
 from torchaccel.kernels.triton import (
@@ -30,6 +30,7 @@ from torchaccel.kernels.triton import (
     tiles,
     window_prefill,
 )
+from torchaccel.kernels.triton.codebook_polynomial import table_polynomial
 
 from tests.kernels.fused_cases import between_attentions, packed_heads
 from tests.kernels.triton_support.decode_cases import DecodeCase
@@ -40,6 +41,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
 DENSE = DecodeCase("dense").spec()
 INT8 = DecodeCase("int8", keys="int8", values="int8").spec()
 INT4 = DecodeCase("int4", keys="int4", values="int2", key_group=32, tail=64).spec()
+GEAR = DecodeCase("gear", keys="int2", values="int4", key_rank=2, value_rank=4, value_outliers=2, tail=64).spec()
+TURBO = DecodeCase("turbo", keys="int4", values="int2", key_axis="token", codebook="gaussian", value_group=32).spec()
+LATENT = DecodeCase("latent", keys="latent", key_rank=16, tail=64, head_dim=80).spec()
 WINDOW = PrefillCase("window").spec()
 BOUNDS = SelectionSpec(
     SummarySpec("minmax", 80, "bfloat16", "bfloat16"), 3, "bfloat16", 64, "mean", pool=4, sinks=1, recent=2
@@ -57,6 +61,10 @@ SOURCES = {
         replace(DENSE, window=1024, sinks=4, mask="additive", softcap=30.0, head_dim=80)
     ),
     "decode_int8_rotary": lambda: decode_source.generate(replace(INT8, rotary="half", rotary_dim=24)),
+    "decode_int2_int4_corrected": lambda: decode_source.generate(GEAR),
+    "decode_corrected_tokens": lambda: decode_source.generate(replace(GEAR, index="tokens"), False, True),
+    "decode_gaussian_codebooks": lambda: decode_source.generate(TURBO),
+    "decode_latent_positions": lambda: decode_source.generate(replace(LATENT, positions=True)),
     "merge_three": lambda: merge.generate(3, 80),
     "prefill_window_sinks": lambda: window_prefill.generate(WINDOW),
     "prefill_blocks_lse_mass": lambda: window_prefill.generate(
@@ -220,9 +228,14 @@ DECLINED: list[tuple[AttentionSpec, int, str]] = [
     (replace(INT8, key_format=replace(INT8.key_format, group=8)), 1, "multiples of 16"),
     (replace(INT8, value_format=replace(INT8.value_format, group=48)), 1, "groups of channels"),
     (replace(INT8, value_format=replace(INT8.value_format, window=64)), 1, "same block and window"),
-    (replace(DENSE, key_format=replace(DENSE.key_format, kind="latent", rank=4)), 1, "not rebuilt from latents"),
-    (replace(INT8, key_format=replace(INT8.key_format, rank=2)), 1, "without corrections"),
-    (replace(INT8, value_format=replace(INT8.value_format, kind="int4", codebook="gaussian")), 1, "not looked up"),
+    (replace(DENSE, value_format=replace(DENSE.value_format, kind="latent", rank=4)), 1, "values are not"),
+    (replace(LATENT, value_format=replace(INT8.value_format, head_dim=80)), 1, "same block and window"),
+    (replace(LATENT, key_format=replace(LATENT.key_format, block=48)), 1, "key blocks of a power of two tokens"),
+    (
+        replace(INT8, key_format=replace(INT8.key_format, rank=17)),
+        1,
+        "key errors are corrected by factors of rank up to 16",
+    ),
     (replace(DENSE, index="blocks", index_block=8), 1, "multiple of 16 slots"),
     (replace(DENSE, softcap=0.0), 1, "softcap"),
     (replace(DENSE, window=0), 1, "window"),
@@ -267,7 +280,9 @@ def test_choices_that_do_not_fit_are_refused(choices: dict[str, int], reason: st
         decode_attention.decode_attention(INT4, **choices)
 
 
-@pytest.mark.parametrize("spec", [DENSE, INT8, INT4, replace(INT8, index="blocks", index_block=16)])
+@pytest.mark.parametrize(
+    "spec", [DENSE, INT8, INT4, replace(INT8, index="blocks", index_block=16), GEAR, TURBO, LATENT]
+)
 def test_configs_can_be_built_and_start_with_the_tables(spec: AttentionSpec) -> None:
     found = decode_attention.configs(spec)
     assert len(set(found)) == len(found) > 3
@@ -299,6 +314,36 @@ def test_stream_programs_share_evenly(total: int) -> None:
     each = tiles.stream_tiles(total, 64, 132)
     assert 1 <= each <= total
     assert each == max(math.ceil(total / 264), min(4, total))
+
+
+def test_what_no_program_can_encode_is_left_to_stock_operators() -> None:
+    found = {}
+    for size in (64, 80, 256):
+        formats = (replace(fmt, head_dim=size) for fmt in (GEAR.key_format, GEAR.value_format))
+        found[size] = tiles.completion_warps(AttentionSpec("decode", size, 4, "bfloat16", *formats, 0.125))
+    assert found == {64: 16, 80: 16, 256: None}
+    assert tiles.completion_warps(TURBO) == tiles.completion_warps(LATENT) == 8
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_polynomial_goes_through_the_table(bits: int) -> None:
+    x = 2.0 * torch.arange(2**bits) + 1 - 2**bits
+    y = torch.zeros(2**bits)
+    for power in reversed(table_polynomial(bits)):
+        y = y * x * x + power
+    table = torch.tensor(codebook.gaussian(bits))
+    assert ((y * x - table) / table).abs().max() < 3e-7
+
+
+def test_latent_keys_need_what_they_are_rebuilt_with() -> None:
+    buffers = [
+        kv_format.allocate(fmt, 1, 2, 16, torch.device("cpu")) for fmt in (LATENT.key_format, LATENT.value_format)
+    ]
+    q, k_new, v_new = torch.zeros(1, 8, 1, 80), torch.zeros(1, 2, 1, 96), torch.zeros(1, 2, 1, 80)
+    run = decode_attention.decode_attention(LATENT)
+    for given in (None, torch.zeros(2, 16, 80)):
+        with pytest.raises(ValueError, match=r"a projection \[2, 32, 80\]; found"):
+            run(q, k_new, v_new, *buffers, torch.tensor([0, 4, 4]), projection=given, table=None)
 
 
 def test_arguments_that_contradict_the_spec_are_refused() -> None:

@@ -11,15 +11,17 @@ from .shape import AttentionShape, LinearShape
 
 # Attention: batch rows, query heads, KV heads, new tokens, stored tokens, head dimension (keys' and values' mean),
 # share of the (query, key) pairs that is read, bits of a stored number with its share of scales, bytes of a number in
-# full precision, tokens of the full-precision tail, numbers that correct codes for each of them, latents of which a
-# head's keys and values are rebuilt. P: processors.
-B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, latents, P = sympy.symbols(
-    "B H_q H_kv S_q S_kv D density bits width tail corrections latents P", positive=True
+# full precision, tokens of the full-precision tail, numbers that correct codes for each of them, outliers of a
+# group, latents of which a head's keys and values are rebuilt. P: processors.
+B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, outliers, latents, P = sympy.symbols(
+    "B H_q H_kv S_q S_kv D density bits width tail corrections outliers latents P", positive=True
 )
 # Linear layers: rows of x, its width, the results' widths together, how many matrices.
 M, K, N, matrices = sympy.symbols("M K N matrices", positive=True)
 
-ATTENTION: tuple[Any, ...] = (B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, latents, P)
+ATTENTION: tuple[Any, ...] = (
+    B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, outliers, latents, P
+)  # fmt: skip
 LINEAR: tuple[Any, ...] = (M, K, N, matrices, width, P)
 
 
@@ -32,12 +34,13 @@ def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int
     waiting = max((fmt.window + fmt.block / 2 for fmt in (keys, values) if fmt.is_blocked), default=0.0)
     stored = 8 * (keys.token_bytes + values.token_bytes) / (2 * dim)
     corrected = (keys.corrections + values.corrections) / 2
+    extremes = (keys.outliers + values.outliers) / 2
     rebuilt = shape.kv_heads * sum(fmt.rank for fmt in (keys, values) if fmt.kind == "latent")
     seen = visible_share(spec, shape)
     heads = shape.kv_heads * spec.group
     return (
         shape.batch, heads, shape.kv_heads, shape.queries, shape.tokens, dim, seen, stored, size, waiting, corrected,
-        rebuilt, processors,
+        extremes, rebuilt, processors,
     )  # fmt: skip
 
 

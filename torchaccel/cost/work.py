@@ -28,6 +28,7 @@ from .symbols import (
     density,
     latents,
     matrices,
+    outliers,
     tail,
     width,
 )
@@ -41,6 +42,8 @@ COMPOSED_OPERATORS, DEQUANTISE_OPERATORS, REFERENCE_OPERATORS = 12, 16, 25
 # Rows of queries that one task of stock attention takes.
 SDPA_ROWS = 32
 TRITON_ROWS = 16
+# Latents that it multiplies at a time to make keys.
+TRITON_LATENTS = 32
 
 
 @dataclass(frozen=True)
@@ -188,14 +191,15 @@ def _triton_decode(config: Mapping[str, int | str], quantised: bool) -> Work:
         size=_stored(density) + _queries() + 2 * 4 * partials * (D + 2),
         resident=_stored(density),
         # Tensor cores work on whole tiles of rows, however few queries there are.
-        flops=4 * pairs * D * Max(1, TRITON_ROWS * H_kv / (H_q * S_q)),
+        flops=4 * pairs * D * Max(1, TRITON_ROWS * H_kv / (H_q * S_q)) + _rebuild(density),
         rows=pairs,
-        codes=_codes(quantised, density),
+        # Each number of a tile is compared with the places of all outliers of its group.
+        codes=_codes(quantised, density) + (_codes(quantised, density) / (1 + corrections) * outliers),
         load=load,
         pieces=partials,
         launches=1 + is_split,
         in_flight=Max(1, stages - 1) * tile * Max(1, Min(2, programs / P)),
-        shared=stages * tile + TRITON_ROWS * D * width,
+        shared=stages * (tile + Min(1, latents) * TRITON_LATENTS * (block + D) * width) + TRITON_ROWS * D * width,
     )
 
 
@@ -245,7 +249,7 @@ def _reference_attention(config: Mapping[str, int | str], quantised: bool) -> Wo
         ATTENTION,
         size=_stored(1) + _queries() + 2 * widened + 12 * 4 * pairs,
         resident=_stored(1) + widened + 3 * 4 * pairs,
-        flops=4 * pairs * D,
+        flops=4 * pairs * D + _rebuild(1),
         rows=pairs,
         codes=_codes(quantised, 1),
         launches=REFERENCE_OPERATORS + (2 * DEQUANTISE_OPERATORS if quantised else 0),

@@ -16,6 +16,7 @@ from typing import Any
 
 from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from torchaccel.kernels.triton import (
+    decode_attention,
     decode_source,
     fused,
     merge,
@@ -31,6 +32,7 @@ from torchaccel.kernels.triton.tiles import (
     PRECISION,
     PREFILL_TILES,
     SHARED_LIMIT,
+    completion_warps,
     decode_config,
     prefill_tile,
 )
@@ -69,15 +71,17 @@ def _table_cases() -> Iterator[CompileCase]:
     fields: dict[str, dict[str, Any]] = {
         "half": {},
         "quantised": {"keys": "int4", "values": "int8"},
+        "latent": {"keys": "latent", "key_rank": 24},
         "float32": {"dtype": "float32"},
     }
     for family, storage, width in DECODE_TILES:
         rows = MAX_ROWS[storage, width]
+        turned = {"turned": width} if storage == "latent" else {}
         name = f"decode-{storage}-{width}-{family}"
-        few = DecodeCase(name, head_dim=width, group=min(rows, 4), **fields[storage])
+        few = DecodeCase(name, head_dim=width, group=min(rows, 4), **fields[storage], **turned)
         yield CompileCase(f"{name}-few", "attend", family, few)
         if rows > 32:
-            many = DecodeCase(name, head_dim=width, group=8, new=rows // 8, **fields[storage])
+            many = DecodeCase(name, head_dim=width, group=8, new=rows // 8, **fields[storage], **turned)
             yield CompileCase(f"{name}-many", "attend", family, many)
     for family, bits, width in PREFILL_TILES:
         name = f"prefill-{bits}-{width}-{family}"
@@ -87,7 +91,31 @@ def _table_cases() -> Iterator[CompileCase]:
 # Kernels and variants that no row of the tables tells apart, by the kernel's name.
 _INT8: dict[str, Any] = {"keys": "int8", "values": "int8", "head_dim": 128}
 _INT4: dict[str, Any] = {"keys": "int4", "values": "int4", "head_dim": 128}
+_GEAR: dict[str, Any] = {"head_dim": 128, "group": 8, "key_rank": 2, "value_rank": 2, "key_group": 64}
+_OUTLIERS: dict[str, Any] = {"key_outliers": 2, "value_outliers": 2}
+_TURBO: dict[str, Any] = {"key_axis": "token", "codebook": "gaussian", "head_dim": 128, "group": 8}
+_LATENT: dict[str, Any] = {"keys": "latent", "key_rank": 32, "turned": 128, "head_dim": 128, "group": 8}
 _VARIANTS: dict[str, tuple[str, DecodeCase]] = {
+    "gear": ("attend", DecodeCase("", keys="int2", values="int2", **_GEAR, **_OUTLIERS)),
+    "gear-int4-low-rank": ("attend", DecodeCase("", keys="int4", values="int4", **_GEAR)),
+    "gear-16-outliers": (
+        "attend",
+        DecodeCase("", keys="int2", values="int2", **_GEAR, key_outliers=16, value_outliers=16, split="stream"),
+    ),
+    "gear-blocks": ("attend", DecodeCase("", keys="int2", values="int2", **_GEAR, **_OUTLIERS, index="blocks")),
+    "gear-tokens": ("attend", DecodeCase("", keys="int4", values="int4", **_GEAR, **_OUTLIERS, index="tokens")),
+    "gear-complete": ("complete_block", DecodeCase("", keys="int2", values="int2", **_GEAR, **_OUTLIERS)),
+    "turbo-int4": ("attend", DecodeCase("", keys="int4", values="int4", **_TURBO)),
+    "turbo-int2-tokens": ("attend", DecodeCase("", keys="int2", values="int2", **_TURBO, index="tokens")),
+    "turbo-complete": ("complete_block", DecodeCase("", keys="int4", values="int2", **_TURBO)),
+    "latent-int8": ("attend", DecodeCase("", values="int8", **_LATENT)),
+    "latent-partly-turned": ("attend", DecodeCase("", **_LATENT | {"turned": 32}, index="blocks", split="stream")),
+    "latent-tokens": (
+        "attend",
+        DecodeCase("", **_LATENT | {"key_rank": 7}, index="tokens", rotary="half", rotary_dim=128),
+    ),
+    "latent-complete": ("complete_block", DecodeCase("", values="int4", **_LATENT)),
+    "latent-weigh": ("weigh", DecodeCase("", **_LATENT, mass=True, append=False)),
     "merge": ("merge", DecodeCase("", head_dim=128)),
     "merge-stream": ("merge", DecodeCase("", head_dim=128, split="stream", lse=True)),
     "complete": ("complete_block", DecodeCase("", new=4, **_INT8)),
@@ -205,6 +233,8 @@ _TYPES = {
     "head_windows": "*i32",
     "cos": "element",
     "sin": "element",
+    "projection": "element",
+    "angles": "*fp32",
 }
 
 
@@ -215,18 +245,20 @@ def _decode(kernel: str, case: DecodeCase, family: str) -> tuple[Any, dict[str, 
     config = decode_config(spec, family, rows)
     types = {name: "i32" for name in getattr(module, kernel).arg_names}
     types |= {name: _ELEMENT[case.dtype] if kind == "element" else kind for name, kind in _TYPES.items()}
-    types |= {"k_buf": "*u8" if spec.key_format.is_quantised else types["q"], "mask": "*i1"}
-    types |= {"v_buf": "*u8" if spec.value_format.is_quantised else types["q"]}
+    types |= {"k_buf": "*u8" if spec.key_format.is_blocked else types["q"], "mask": "*i1"}
+    types |= {"v_buf": "*u8" if spec.value_format.is_blocked else types["q"]}
     if case.mask == "additive":
         types["mask"] = "*fp32"
     if kernel == "merge":
         return module.merge, types, {"ROWS": case.group * case.new}, 4, 3
     if kernel == "complete_block":
-        return module.complete_block, types, {"Q": case.new}, 8, 3
+        return module.complete_block, types, {"Q": case.new}, completion_warps(spec) or 8, 3
     block_n = min(config.block_n, decode_source.widest_tile(spec) or config.block_n)
     constants: dict[str, Any] = {"Q": case.new, "BM": rows, "BN": block_n, "PRECISION": PRECISION[family]}
     if kernel == "attend":
         constants |= {"NEW": padded(case.new)} | ({} if stream else {"SPLIT": True})
+    if case.keys == "latent":
+        constants |= decode_attention.turned_parts(case.turned, case.head_dim)
     if case.mask != "none":
         constants |= {"MASK_ROWS": case.new > 1, "mask_c": 1}
         if case.mask == "additive" and case.sinks:

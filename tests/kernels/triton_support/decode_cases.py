@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchaccel.kernels import kv_format, reference
+from torchaccel.kernels import kv_format, reference, registry
+from torchaccel.kernels.candidates import Candidate
+from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 from torchaccel.kernels.triton.decode_attention import decode_attention
 
-Kind = Literal["dense", "int8", "int4", "int2"]
+Kind = Literal["dense", "int8", "int4", "int2", "latent"]
 Axis = Literal["channel", "token"]
 
 # Largest difference from the float32 reference, per unit of the largest expected value: rounding of the output and of
@@ -23,7 +26,8 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.6e-2, "float16": 2e-3}
 class DecodeCase:
     """One call: ``spec`` fields, and live slots ``start .. end`` before ``new`` tokens come.
 
-    ``listed`` is the share of the blocks, or slots, that an index names.
+    ``listed`` is the share of the blocks, or slots, that an index names. ``turned``: channels of rebuilt keys that are
+    rotated. ``registered``: as a model calls it, through the registry, which turns tokens for Gaussian codebooks.
     """
 
     name: str
@@ -36,6 +40,12 @@ class DecodeCase:
     value_axis: Axis = "token"
     key_group: int = 0
     value_group: int = 0
+    key_rank: int = 0
+    value_rank: int = 0
+    key_outliers: int = 0
+    value_outliers: int = 0
+    codebook: Literal["uniform", "gaussian"] = "uniform"
+    turned: int = 0
     block: int = 64
     tail: int = 0
     scale: float = 0.2
@@ -68,19 +78,25 @@ class DecodeCase:
     transposed: bool = False
     rotary: Literal["none", "half", "interleaved"] = "none"
     rotary_dim: int = 0
+    registered: bool = False
 
     def spec(self) -> AttentionSpec:
         """The attention spec of the case."""
         stored: dict[str, Any] = {"dtype": self.dtype, "head_dim": self.head_dim, "block": self.block}
+        stored["window"] = self.tail
+        coded = {
+            kind: {"codebook": self.codebook} if kind.startswith("int") else {} for kind in (self.keys, self.values)
+        }
+        keys = {"axis": self.key_axis, "group": self.key_group, "rank": self.key_rank, "outliers": self.key_outliers}
+        values = {"axis": self.value_axis, "group": self.value_group, "rank": self.value_rank}
+        values |= {"outliers": self.value_outliers, "packing": "token"}
         return AttentionSpec(
             phase="decode",
             head_dim=self.head_dim,
             group=self.group,
             dtype=self.dtype,
-            key_format=KVFormat(self.keys, axis=self.key_axis, group=self.key_group, window=self.tail, **stored),
-            value_format=KVFormat(
-                self.values, axis=self.value_axis, group=self.value_group, window=self.tail, packing="token", **stored
-            ),
+            key_format=KVFormat(self.keys, **stored, **keys, **coded[self.keys]),
+            value_format=KVFormat(self.values, **stored, **values, **coded[self.values]),
             scale=self.scale,
             causal=self.causal,
             softcap=self.softcap,
@@ -97,6 +113,80 @@ class DecodeCase:
             rotary_dim=self.rotary_dim,
         )
 
+
+_GEAR: dict[str, Any] = {"keys": "int2", "values": "int2", "key_rank": 2, "value_rank": 2}
+_OUTLIERS: dict[str, Any] = {"key_outliers": 2, "value_outliers": 2}
+_TURBO: dict[str, Any] = {"keys": "int4", "values": "int2", "key_axis": "token", "codebook": "gaussian"}
+_LATENT: dict[str, Any] = {"keys": "latent", "key_rank": 16, "turned": 64, "tail": 16, "end": 300}
+# Corrections, codebooks and latents.
+FORMAT_CASES = [
+    DecodeCase("gear_bfloat16", **_GEAR, **_OUTLIERS, key_group=32, tail=20, end=300),
+    DecodeCase("gear_completes", **_GEAR, **_OUTLIERS, end=127, dtype="float32", new=3),
+    DecodeCase(
+        "gear_completes_groups_of_channels",
+        keys="int4",
+        values="int8",
+        key_axis="token",
+        key_group=8,
+        value_axis="channel",
+        value_group=16,
+        key_rank=3,
+        value_rank=1,
+        key_outliers=4,
+        value_outliers=10,
+        head_dim=24,
+        tail=6,
+        end=130,
+        new=5,
+        dtype="float32",
+        lse=True,
+    ),
+    DecodeCase("gear_weird_head", **_GEAR, key_outliers=16, head_dim=42, group=3, end=123, new=6, dtype="float16"),
+    DecodeCase("gear_low_rank_only", **_GEAR, key_group=16, end=200, window=70, sinks=6, mask="bool", split="stream"),
+    DecodeCase("gear_outliers_only", keys="int2", values="int4", **_OUTLIERS, end=191, mass=True, dtype="float32"),
+    DecodeCase(
+        "gear_blocks", **_GEAR, **_OUTLIERS, index="blocks", index_block=32, end=260, dtype="float32", mass=True
+    ),
+    DecodeCase("gear_tokens", **_GEAR, **_OUTLIERS, index="tokens", key_group=16, tail=20, end=300, head_dim=80),
+    DecodeCase(
+        "gear_tokens_groups_of_channels",
+        keys="int2",
+        values="int4",
+        key_axis="token",
+        key_group=16,
+        value_axis="channel",
+        key_rank=5,
+        value_rank=2,
+        **_OUTLIERS,
+        index="tokens",
+        end=260,
+        new=2,
+        dtype="float32",
+    ),
+    DecodeCase("gear_keys_in_parts", keys="int8", key_rank=1, end=60, new=20, batch=1, positions=True, evicted=5),
+    DecodeCase(
+        "gear_wide_completes", **_GEAR, **_OUTLIERS, head_dim=250, block=128, group=1, end=127, batch=1, kv_heads=1
+    ),
+    DecodeCase("turbo_bfloat16", **_TURBO, end=300, new=2),
+    DecodeCase("turbo_completes", **_TURBO, tail=6, end=133, dtype="float32", group=3),
+    DecodeCase("turbo_weird_head", **_TURBO, head_dim=42, end=123, new=6, dtype="float32", positions=True, evicted=9),
+    DecodeCase("turbo_groups_complete", **_TURBO, key_group=8, value_group=8, head_dim=24, end=190, new=5, lse=True),
+    DecodeCase("turbo_tokens", **_TURBO, value_group=32, index="tokens", end=300, dtype="float32", split="stream"),
+    DecodeCase("turbo_blocks_mass", **_TURBO, index="blocks", end=255, new=3, dtype="float32", mass=True),
+    DecodeCase("turbo_registered", **_TURBO, end=200, registered=True, rotary="half", rotary_dim=10, dtype="float32"),
+    DecodeCase("latent_bfloat16", **_LATENT, lse=True),
+    DecodeCase(
+        "latent_weird", **_LATENT | {"key_rank": 7, "turned": 10, "tail": 0}, head_dim=42, group=3, dtype="float32"
+    ),
+    DecodeCase("latent_completes", **_LATENT | {"end": 143}, values="int8", new=3, dtype="float32", mass=True),
+    DecodeCase("latent_without_rotary", **_LATENT | {"turned": 0, "end": 79}, kv_heads=3, new=2, dtype="float32"),
+    DecodeCase("latent_rotates", **_LATENT, rotary="half", rotary_dim=32, positions=True, evicted=9, dtype="float32"),
+    DecodeCase("latent_blocks", **_LATENT, index="blocks", index_block=32, start=42, mask="additive", dtype="float32"),
+    DecodeCase("latent_tokens", **_LATENT, values="int4", value_rank=2, index="tokens", new=2, dtype="float32"),
+    DecodeCase("latent_stream", **_LATENT | {"turned": 32}, split="stream", window=90, sinks=6, dtype="float16"),
+    DecodeCase("latent_in_parts", **_LATENT | {"end": 60}, new=20, batch=1, mask="bool", dtype="float32"),
+    DecodeCase("latent_static", **_LATENT, append=False, mask="bool", left_padding=(0, 6), block_n=32),
+]
 
 DECODE_CASES: list[DecodeCase] = [
     DecodeCase("dense_bfloat16", transposed=True),
@@ -246,6 +336,7 @@ DECODE_CASES: list[DecodeCase] = [
     DecodeCase(
         "rotary_positions_mass", rotary="half", rotary_dim=32, positions=True, evicted=9, mass=True, dtype="float32"
     ),
+    *FORMAT_CASES,
 ]
 
 
@@ -287,11 +378,9 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
         return torch.randn(shape, generator=generator).to(dtype)
 
     q = random(case.batch, heads, case.new, d)
-    k_new, v_new = (random(case.batch, case.kv_heads, case.new, d) for _ in range(2))
-    k_full, v_full = (
-        _filled(case, fmt, random(case.batch, case.kv_heads, case.end, d))
-        for fmt in (spec.key_format, spec.value_format)
-    )
+    formats = spec.key_format, spec.value_format
+    k_new, v_new = (random(case.batch, case.kv_heads, case.new, fmt.width) for fmt in formats)
+    k_full, v_full = (_filled(case, fmt, random(case.batch, case.kv_heads, case.end, fmt.width)) for fmt in formats)
     logical = case.end - case.start + case.evicted
     lens = torch.tensor([case.start, case.end, logical])
     positions = None
@@ -309,6 +398,7 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
 
     cos, sin = _tables(case, generator)
     inputs = [q, k_new, v_new, k_full, v_full, mask, positions, index, head_windows, cos, sin]
+    inputs += _rebuilding(case, logical + case.new, generator)
     # clone() keeps strides.
     moved = [None if x is None else x.clone().to(device) for x in inputs]
     if case.transposed:
@@ -318,6 +408,8 @@ def run_decode_case(case: DecodeCase, device: torch.device) -> str | None:
         moved[5] = torch.stack([moved[5], ~moved[5]], -1).flatten(-2)[..., ::2]
     expected = _expected(case, spec, inputs, lens)
     got = _run(case, spec, moved, lens)
+    if any(x.device.type != device.type for x in got):
+        return f"the results are not on the device {device}"
     return _difference(case, expected, got, inputs, moved)
 
 
@@ -328,6 +420,17 @@ def _tables(case: DecodeCase, generator: torch.Generator) -> tuple[Tensor | None
     rows = case.batch if case.new % 2 else 1
     both = torch.randn(2, rows, case.new, 2 * case.rotary_dim, generator=generator)[..., ::2]
     return both[0], both[1]
+
+
+def _rebuilding(case: DecodeCase, columns: int, generator: torch.Generator) -> list[Tensor | None]:
+    """The projection of latents, and a table of angles with room to spare; one for all sequences where Q is even."""
+    if case.keys != "latent":
+        return [None, None]
+    size = case.kv_heads * case.key_rank
+    projection = torch.randn(case.kv_heads, size, case.head_dim, generator=generator).to(DTYPES[case.dtype])
+    angles = 7 * torch.randn(case.batch if case.new % 2 else 1, columns, case.turned, generator=generator)
+    table = torch.nn.functional.pad(torch.stack([angles.cos(), angles.sin()]), (0, 0, 0, 5), value=torch.nan)
+    return [projection / size**0.5, table]
 
 
 def _index(case: DecodeCase, generator: torch.Generator) -> Tensor | None:
@@ -348,12 +451,18 @@ def _index(case: DecodeCase, generator: torch.Generator) -> Tensor | None:
 def _run(case: DecodeCase, spec: AttentionSpec, moved: list[Any], lens: Tensor) -> tuple[Tensor, ...]:
     q, k_new, v_new, k_full, v_full, mask, positions, index, head_windows, *tables = moved
     choices = {"split": case.split, "splits": case.splits, "block_n": case.block_n}
+    choices = {name: choice for name, choice in choices.items() if choice is not None}
     columns = None if positions is None else positions[: case.batch]
     new = (k_new, v_new) if case.append else (None, None)
-    run = decode_attention(spec, **{name: choice for name, choice in choices.items() if choice is not None})
+    run = _registered(spec, "triton", choices) if case.registered else decode_attention(spec, **choices)
     buffers = k_full[: case.batch], v_full[: case.batch]
     got = run(q, *new, *buffers, lens, mask, columns, index, head_windows, *tables)
     return got if isinstance(got, tuple) else (got,)
+
+
+def _registered(spec: AttentionSpec, implementation: Any, choices: dict[str, Any]) -> Any:
+    candidate = Candidate(implementation, tuple(sorted(choices.items())))
+    return registry.attend(Plan(spec, ((None, candidate),)).key())
 
 
 def _expected(case: DecodeCase, spec: AttentionSpec, inputs: list[Any], lens: Tensor) -> tuple[Tensor, ...]:
@@ -361,7 +470,8 @@ def _expected(case: DecodeCase, spec: AttentionSpec, inputs: list[Any], lens: Te
     k, v = k_full[: case.batch], v_full[: case.batch]
     rows = None if positions is None else positions[: case.batch]
     new = (k_new, v_new) if case.append else (None, None)
-    got = reference.decode_attention(spec, q, *new, k, v, lens, mask, rows, index, head_windows, *tables)
+    run = _registered(spec, "reference", {}) if case.registered else partial(reference.decode_attention, spec)
+    got = run(q, *new, k, v, lens, mask, rows, index, head_windows, *tables)
     return got if isinstance(got, tuple) else (got,)
 
 
@@ -369,6 +479,8 @@ def _difference(
     case: DecodeCase, expected: tuple[Tensor, ...], got: tuple[Tensor, ...], inputs: list[Any], moved: list[Any]
 ) -> str | None:
     for name, before, after in zip(("keys", "values"), inputs[3:5], moved[3:5], strict=True):
+        if case.registered and after.is_cuda:
+            continue  # a GPU turns tokens by a product that sums in another order
         if name == "keys" and case.rotary != "none" and after.is_cuda:
             continue  # a GPU contracts the two products of a rotation: the last bit may differ, as attention will show
         if not torch.equal(before.view(torch.uint8), after.cpu().view(torch.uint8)):

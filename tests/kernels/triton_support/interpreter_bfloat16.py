@@ -2,7 +2,8 @@
 
 Every operation on bfloat16 operands is done in float32 and rounded to nearest even, as the hardware does. ``install``
 changes the interpreter of the running process, so only the interpreter's own process calls it. It also lets a scalar
-condition be the mask of a tile, as the compiler does: the interpreter gives comparisons the type of their operands.
+condition be the mask of a tile, as the compiler does: the interpreter gives comparisons the type of their operands. And
+numbers count as such when they are arrays of one element, which Triton 3.6 refuses with numpy from 2.4 on.
 """
 
 from __future__ import annotations
@@ -87,6 +88,14 @@ def _create_splat(self: Any, kind: Any, scalar: Any) -> Any:
     return _original["create_splat"](self, kind, scalar)
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
 def install() -> None:
     """Put the corrected operations into the interpreter of this process."""
     _Builder.create_dot = _create_dot
@@ -96,3 +105,4 @@ def install() -> None:
     _Builder.cast_impl = _cast_impl
     _Builder.create_fp_to_fp = _create_fp_to_fp
     _Builder.create_splat = _create_splat
+    interpreter._patch_lang_tensor = _patch_tensor

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ def run_module(module: str, *arguments: str, cache: Path, **environment: str) ->
     if result.returncode:
         found[""] = {"error": result.stderr[-2000:]}
     return found
+
+
+def run_in_parallel(
+    module: str, where: str, cases: list[str], processes: int, cache: Path, **environment: str
+) -> dict[str, dict[str, Any]]:
+    """``run_module`` of all cases, dealt out to so many processes: on a GPU most of the time is the compiler's."""
+
+    def run(first: int) -> dict[str, dict[str, Any]]:
+        return run_module(module, where, *cases[first::processes], cache=cache / str(first), **environment)
+
+    with ThreadPoolExecutor(processes) as pool:
+        return {name: line for results in pool.map(run, range(processes)) for name, line in results.items()}
 
 
 def errors_of(results: dict[str, dict[str, Any]], cases: list[str]) -> dict[str, str]:

@@ -67,6 +67,11 @@ def test_methods_keep_it(options: dict[str, Any]) -> None:
     assert all(site.rotary for site in done.sites) and calls == {"attend_rotary": 2}
 
 
+def test_keys_that_are_turned_behind_it_keep_it_outside() -> None:
+    done, calls = lowered(capture_phase(build("llama", layers=2), "extend"), kv_compression="turboquant")
+    assert not any(site.rotary for site in done.sites) and calls == {"attend": 2}
+
+
 class Attention(nn.Module):
     """One layer of attention over a cache, rotated as a subclass says."""
 
