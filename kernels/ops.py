@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, registry, shared_prefix
+from . import kv_format, ragged, registry, shared_prefix
 from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
@@ -27,6 +27,8 @@ _SCHEMAS = {
     "Tensor? mask, Tensor[] prefixes, str plan, str prefix_plan) -> Tensor",
     "attend_rotary": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!)? positions, Tensor cos, Tensor sin, str plan) -> Tensor",
+    "attend_ragged": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor lens, "
+    "Tensor? mask, Tensor positions, Tensor table, Tensor tails, Tensor? head_windows, str plan) -> Tensor",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
@@ -52,6 +54,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_with", _attend_with, key)
         lib.impl("attend_shared", _attend_shared, key)
         lib.impl("attend_rotary", _attend_rotary, key)
+        lib.impl("attend_ragged", _attend_ragged, key)
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
@@ -60,7 +63,7 @@ def library() -> torch.library.Library:
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
-    for name in ("attend", "attend_shared", "attend_rotary", "attend_static", "attend_prompt"):
+    for name in ("attend", "attend_shared", "attend_rotary", "attend_ragged", "attend_static", "attend_prompt"):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
@@ -162,6 +165,11 @@ def _attend_rotary(
     run = registry.attend(plan)
     out: Tensor = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, None, None, cos, sin)
     return out
+
+
+def _attend_ragged(q: Tensor, *rest: Any) -> Tensor:
+    *arguments, plan = rest
+    return ragged.attend(registry.attend(plan), q, *arguments)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:

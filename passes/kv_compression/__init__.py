@@ -1,6 +1,8 @@
 """The methods of the kv_compression family: one file each, listed here."""
 
+from .adakv import AdaKV
 from .critic import Critic
+from .duo_attention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .gear import Gear
 from .h2o import H2O
@@ -25,6 +27,8 @@ METHODS = (
     H2O,
     SnapKV,
     PyramidKV,
+    AdaKV,
+    DuoAttention,
     ExpectedAttention,
     Tova,
     LazyEviction,

@@ -25,6 +25,7 @@ from .choice import Chooser
 from .gate import Gate, Judgement
 from .lowered import Lowered, LoweredSite
 from .prompt_outputs import prompt_outputs
+from .ragged import ragged_spec
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -131,6 +132,8 @@ class AttentionLowering:
     def _layouts(self, site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
         plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
+        if plan.eviction is not None and plan.eviction.ragged and not plan.dropped:
+            keys, values = plain, plain
         pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
         return (
             Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction),
@@ -192,6 +195,8 @@ class AttentionLowering:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
         if plan.eviction is not None and not plan.dropped:
+            if plan.eviction.ragged and plan.formats is not None:
+                self.declines.append(Decline(site.name, Reason.RAGGED_CODES))
             layer = site.index if site.layer is None else site.layer
             count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
             prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self.signature.extra_output)
@@ -249,6 +254,10 @@ class AttentionLowering:
         if layouts[0].prefixes:
             self.signature.appends.append(binding)
             self._attend_shared(site, plan, spec, buffers, layouts)
+            return
+        if layouts[0].ragged:
+            self.signature.appends.append(binding)
+            self._attend_ragged(site, plan, spec, [*buffers, positions], layouts[0])
             return
         lens = self.signature.placeholder(f"{keys.past.name}_lens", torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
@@ -316,6 +325,31 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_shared.default, (*args, of_own.key(), choice.key()))
         layout = f"{_describe(layouts[0])}, shared prefix of {' and of '.join(str(count) for count in rows)} rows"
         self._note(site, choice, of_prefix, layout, plan)
+
+    def _attend_ragged(
+        self, site: AttentionSite, plan: SitePlan, spec: AttentionSpec, buffers: list[Any], layout: Layout
+    ) -> None:
+        """Attention over a cache whose heads keep different numbers of tokens; buffers: keys, values, positions."""
+        past = site.key_cache.past
+        assert past is not None and layout.eviction is not None
+        windows = layout.eviction.windows
+        if windows is not None and spec.window is not None:
+            self.declines.append(Decline(site.name, Reason.RAGGED_WINDOW))
+        spec, bound = ragged_spec(spec, windows), None
+        if spec.head_windows and windows is not None:
+            with self.graph.inserting_before(site.node):
+                marks = [int(bound) for bound in windows.bound]
+                made = {"dtype": torch.int32, "device": self.context.device}
+                bound = self.graph.call_function(torch.tensor, (marks,), made)
+        k_pool, v_pool, positions = buffers
+        table, tails = (self.signature.buffer(past, layout, name) for name in ("table", "tails"))
+        lens = self.signature.placeholder(f"{past.name}_lens", torch.zeros(4, dtype=torch.int64))
+        shape = self._shape(site, _size(_fake(past).shape[2]))
+        choice = self.chooser.plan(spec, shape)
+        new = site.key_cache.new, site.value_cache.new
+        args = (site.q, *new, k_pool, v_pool, lens, site.mask, positions, table, tails, bound, choice.key())
+        self._replace(site, torch.ops.torchaccel.attend_ragged.default, args)
+        self._note(site, choice, shape, _describe(layout), plan)
 
     def _replace(
         self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None

@@ -96,9 +96,9 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, and lens (int64 ``[3]``,
-    with prefixes ``[1 + prefixes, 3]``). results: for each result of the compiled graph its position among the model's;
-    positions from ``result_count`` on are for the stores only.
+    buffer, value buffer, positions (when pruned), table and tails (when ragged), key and value buffer of each shared
+    prefix, and lens (int64 ``[3]``, with prefixes ``[1 + prefixes, 3]``, when ragged ``[4]``). results: for each result
+    of the compiled graph its position among the model's; positions from ``result_count`` on are for the stores only.
     """
 
     arguments: tuple[int, ...]

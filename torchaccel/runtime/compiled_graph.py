@@ -14,6 +14,7 @@ from torchaccel.errors import SharedPrefixError
 from .bindings import AppendBinding, Bindings, StoreBinding
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
+from .ragged import RaggedStorage
 from .storage import Layout, Storage
 
 
@@ -53,6 +54,8 @@ class CompiledGraph:
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
             if append.evicts:
                 self._settle(append, args, results, keys, values)
+            elif isinstance(keys.physical, RaggedStorage) and keys.physical.oversized(keys.end):
+                results[append.key_output], results[append.value_output] = keys.clone(), values.clone()
         for store in bindings.stores:
             self._store(store, args, results)
         self.counter.calls += 1
@@ -84,10 +87,12 @@ class CompiledGraph:
         if binding.skipped:
             end = keys.end
         else:
-            lengths: tuple[int, ...] = (keys.start, keys.end, logical - key_storage.offset)
+            lengths = key_storage.lengths(keys.start, keys.end, logical)
             inputs += [key_storage.buf, value_storage.buf]
             if binding.positions:
                 inputs.append(key_storage.positions)
+            if isinstance(key_storage, RaggedStorage):
+                inputs += [key_storage.table, key_storage.tails]
             if binding.prefixes:
                 lengths += prefixes(key_storage, value_storage, inputs)
             if lengths not in lens:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .bindings import PromptBinding
-from .eviction import EvictionRecord, Prompt, Step
-from .kv import LogicalKV, compress
+from .eviction import EvictionRecord, Prompt, RaggedEviction, Step
+from .kv import LogicalKV, compress, view
+from .ragged import store_ragged
 from .storage import Layout
 
 
@@ -43,6 +44,9 @@ def store_prompt(
         tables=None if tables is None else (results[tables[0]], results[tables[1]]),
         pairs=binding.pairs,
     )
+    if isinstance(policy, RaggedEviction):
+        ragged = store_ragged(layouts, keys, values, policy.kept(prompt), logical, columns)
+        return view(ragged[0], 0, logical, logical), view(ragged[1], 0, logical, logical)
     kept = policy.keep(prompt)
     where = kept[..., None].expand(-1, -1, -1, keys.shape[3])
     if columns is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -115,12 +116,33 @@ class Step:
     count: int
 
 
+@dataclass(frozen=True)
+class HeadWindows:
+    """KV heads that see only the first tokens of a row and the last ones.
+
+    bound: for each KV head whether it is one. sinks: first tokens. recent: last tokens, a query's own included.
+    """
+
+    bound: tuple[bool, ...]
+    sinks: int
+    recent: int
+
+    # Tokens kept beyond the window, so that as many can be taken back: assisted generation proposes 20 by default.
+    REWIND: ClassVar[int] = 32
+
+    def limits(self) -> Tensor:
+        """Most tokens that each KV head has to keep, int64 ``[H_kv]``."""
+        most = self.sinks + self.recent + self.REWIND
+        return torch.tensor([most if bound else torch.iinfo(torch.int64).max for bound in self.bound])
+
+
 class Eviction:
     """Which tokens of a layer's cache stay. Subclasses are frozen dataclasses: they guard compiled graphs.
 
     The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
     last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
     receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
+    ragged: KV heads keep different numbers of tokens, see ``RaggedEviction``. windows: heads that see a window only.
     """
 
     budget: Budget
@@ -129,6 +151,8 @@ class Eviction:
     step_mass: bool = False
     grows: bool = True
     unrotated: bool = False
+    ragged: bool = False
+    windows: HeadWindows | None = None
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""
@@ -155,6 +179,16 @@ class Eviction:
     def evict(self, state: State, step: Step, capacity: int) -> Tensor | None:
         """The tokens that stay after a call, as ``keep`` gives them; None for all."""
         return None
+
+
+class RaggedEviction(Eviction):
+    """A policy under which KV heads, and rows, keep different numbers of tokens; padding is never one of them."""
+
+    ragged: bool = True
+
+    def kept(self, prompt: Prompt) -> Tensor:
+        """Which tokens stay after the prompt, bool ``[B, H_kv, S]``."""
+        raise NotImplementedError
 
 
 class LateEviction(Eviction):

@@ -37,6 +37,11 @@ class Layout:
     eviction: Eviction | None = None
     prefixes: int = 0
 
+    @property
+    def ragged(self) -> bool:
+        """Whether KV heads store different numbers of tokens, see ``RaggedStorage``."""
+        return self.eviction is not None and self.eviction.ragged
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -56,7 +61,7 @@ class Prefix:
     @property
     def entries(self) -> int:
         """Number of different prefixes: rows of the storage."""
-        return self.storage.buf.shape[0]
+        return self.storage.rows
 
 
 class Storage:
@@ -104,6 +109,16 @@ class Storage:
             torch._dynamo.maybe_mark_dynamic(positions, 2)
 
     @property
+    def rows(self) -> int:
+        """Batch size."""
+        return self.buf.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Number of KV heads."""
+        return self.buf.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated: tokens, columns, and what a policy remembers."""
         columns = 0 if self.positions is None else self.positions.nbytes
@@ -113,6 +128,14 @@ class Storage:
     def parts(self) -> tuple[Storage, ...]:
         """The storages behind a row: those of its prefixes and this one."""
         return (*(prefix.storage for prefix in self.prefixes), self)
+
+    def stored(self, start: int, end: int) -> int:
+        """Tokens that every row and head has of its prefixes and of slots ``start .. end``."""
+        return self.offset + end - start
+
+    def lengths(self, start: int, end: int, logical: int) -> tuple[int, ...]:
+        """What kernels are told of slots ``start .. end`` of a sequence of ``logical`` columns."""
+        return start, end, logical - self.offset
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
@@ -179,7 +202,7 @@ class Storage:
         """
         fmt = self.layout.format
         pick = (lambda t: t) if batch is None else (lambda t: t.index_select(0, batch))
-        rows, heads = (self.buf.shape[0] if batch is None else batch.shape[0]), self.buf.shape[1]
+        rows, heads = (self.rows if batch is None else batch.shape[0]), self.heads
         # Whole quantised blocks are moved as they are: their codes must not be made anew.
         intact = self.intact(end, len(self.cuts) if age is None else age)
         base = start - start % fmt.block if fmt.is_blocked and intact else start
@@ -205,6 +228,15 @@ class Storage:
             }
             new.record = EvictionRecord(state, self.record.capacity, self.record.calls)
         return new, start - base
+
+    def moved(self, device: torch.device, prefixes: tuple[Prefix, ...] = ()) -> Storage:
+        """A copy on another device; prefixes: there already."""
+        slots = None if self.positions is None else self.positions.to(device)
+        new = Storage(self.layout, self.buf.to(device), self.filled, slots, self.contiguous_from, prefixes)
+        if self.record is not None:
+            state = {name: x.to(device) for name, x in self.record.state.items()}
+            new.record = replace(self.record, state=state)
+        return new
 
 
 def grown(need: int) -> int:
