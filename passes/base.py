@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from torch.fx import Graph, Node
 from torchaccel.kernels.spec import KVFormat
 
+from torchaccel.calibration.calibrator import Calibrator
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
 
@@ -124,7 +126,7 @@ class Fuel:
 
 @dataclass
 class RewriteContext:
-    """The graph being compiled, what was found in it, and the plan of its attention sites."""
+    """The graph being compiled, what was found in it, the plan of its attention sites, and the model's weights."""
 
     graph: Graph
     module: torch.nn.Module
@@ -132,6 +134,7 @@ class RewriteContext:
     fuel: Fuel
     anatomy: Anatomy
     plans: dict[int, SitePlan] = field(default_factory=dict)
+    parameters: tuple[Tensor, ...] = ()
 
     def plan(self, site: AttentionSite) -> SitePlan:
         """The plan of a site (made on first use)."""
@@ -160,11 +163,15 @@ class Pass:
 
 
 class Method(Pass):
-    """A published method: a pass the user asks for by name, with options of its own."""
+    """A published method: a pass the user asks for by name, with options of its own.
+
+    calibration: whether it runs on a plan, which ``calibrator`` makes; then it derives from ``CalibratedMethod``.
+    """
 
     family: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+    calibrator: ClassVar[type[Calibrator] | None] = None
     paper: ClassVar[str]
     Options: ClassVar[type[MethodOptions]]
 

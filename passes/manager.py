@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule
 
-from torchaccel.errors import DeclinedError, OptionsError
+from torchaccel.errors import CalibrationError, DeclinedError, OptionsError
 from torchaccel.graph.anatomy import analyze
 
 from .base import Fidelity, Fuel, Method, Pass, PassResult, RewriteContext, SitePlan, Status
@@ -33,13 +34,18 @@ class PassManager:
         self.fuel = Fuel(int(fuel) if fuel else None)
         self.dump_folder = os.environ.get("TORCHACCEL_DUMP")
 
-    def run(self, module: GraphModule, device: torch.device, label: str) -> tuple[RewriteContext, list[PassResult]]:
-        """Rewrite ``module.graph`` in place; returns the context for lowering and one result per pass."""
+    def run(
+        self, module: GraphModule, device: torch.device, label: str, parameters: Sequence[Tensor] = ()
+    ) -> tuple[RewriteContext, list[PassResult]]:
+        """Rewrite ``module.graph`` in place; returns the context for lowering and one result per pass.
+
+        parameters: the model's, as far as the graph reads them.
+        """
         results = []
         self.dump(module.graph, label, 0, "captured")
         results.append(self.canonicalize(module))
         self.dump(module.graph, label, 1, "canonicalize")
-        context = RewriteContext(module.graph, module, device, self.fuel, analyze(module))
+        context = RewriteContext(module.graph, module, device, self.fuel, analyze(module), parameters=tuple(parameters))
         for index, method in enumerate(self.methods, 2):
             results.append(self.apply(method, context))
             self.dump(module.graph, label, index, method.name)
@@ -63,6 +69,8 @@ class PassManager:
         try:
             result = step.apply(context)
             context.graph.lint()
+        except CalibrationError:
+            raise
         except Exception as error:
             self._restore(context, before, plans)
             if self.strict:

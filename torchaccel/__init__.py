@@ -6,11 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchaccel.api import compile, explain, report, tune
+    from torchaccel.calibration.calibrate import calibrate
+    from torchaccel.calibration.plan import CalibrationPlan, read_plan
     from torchaccel.evaluation.evaluation import evaluate
     from torchaccel.prediction import predict
     from torchaccel.runtime.kv import kv_bytes, to_dense
 
-__all__ = ["compile", "evaluate", "explain", "kv_bytes", "predict", "report", "to_dense", "tune"]
+__all__ = [
+    "CalibrationPlan",
+    "calibrate",
+    "compile",
+    "evaluate",
+    "explain",
+    "kv_bytes",
+    "predict",
+    "read_plan",
+    "report",
+    "to_dense",
+    "tune",
+]
 __version__ = "0.1.0"
 
 
@@ -20,6 +34,14 @@ def __getattr__(name: str) -> Any:
         from torchaccel import api
 
         return getattr(api, name)
+    if name == "calibrate":
+        from torchaccel.calibration.calibrate import calibrate
+
+        return calibrate
+    if name in ("CalibrationPlan", "read_plan"):
+        from torchaccel.calibration import plan
+
+        return getattr(plan, name)
     if name == "evaluate":
         from torchaccel.evaluation.evaluation import evaluate
 

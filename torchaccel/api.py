@@ -14,6 +14,7 @@ from torchaccel.capture import capture_tasks
 from torchaccel.entry_point import journal
 from torchaccel.errors import TuningError
 from torchaccel.options import resolve
+from torchaccel.passes.calibrated import load_plan
 from torchaccel.reporting import Journal, Report
 from torchaccel.tuning.cache import TuningCache, default_path
 from torchaccel.tuning.tuner import Effort, Progress, Summary, Tuner
@@ -27,9 +28,20 @@ def compile(model: Model, **options: Any) -> Model:
     options: as in ``torch.compile(options=...)``, e.g. ``kv_compression="int8"``. Raises ``OptionsError`` for unknown
     names or impossible values, before anything is compiled.
     """
-    resolve(options)
-    model.compile(backend="torchaccel", options=options, **_isolation())
+    resolved = resolve(options)
+    for method in resolved.methods:
+        plan = getattr(method.options, "plan", None)
+        if plan is not None:
+            plan.model.check_weights(model.parameters(), plan.described)
+    model.compile(backend="torchaccel", options=_with_plans(options), **_isolation())
     return model
+
+
+def _with_plans(value: Any) -> Any:
+    """Options with every plan as what it contains: Dynamo takes options of equal values for the same backend."""
+    if isinstance(value, Mapping):
+        return {key: load_plan(item) if key == "plan" else _with_plans(item) for key, item in value.items()}
+    return [_with_plans(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _isolation() -> dict[str, bool]:

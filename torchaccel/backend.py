@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchaccel.cost.assumed import assumed_facts
-from torchaccel.errors import CacheMissError, DeclinedError, OptionsError
+from torchaccel.errors import CacheMissError, CalibrationError, DeclinedError, OptionsError
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Reason, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
@@ -55,12 +55,13 @@ class Backend:
         began = time.perf_counter()
         resolved = resolve(options)
         inputs = list(example_inputs)
+        brought = self.deployment.bring(resolved.bundle, resolved.trust, _device(inputs), strict=resolved.strict)
+        resolved = resolved.with_plans(brought.plans)
         record = GraphRecord("unknown", resolved.requested(), resolved.sources)
         record.graph_break = _graph_break(gm)
         self.journal.add(record, inputs)
         compile_rest = self._compiler(mode)
         record.declined = _unsuitable(inputs)
-        brought = self.deployment.bring(resolved.bundle, resolved.trust, _device(inputs), strict=resolved.strict)
         with self.deployment.settings(brought):
             compiled = self._compile(gm, inputs, resolved, record, compile_rest)
         record.compile_seconds = time.perf_counter() - began
@@ -78,7 +79,7 @@ class Backend:
         if record.declined is None:
             try:
                 return self._accelerate(gm, inputs, options, record, compile_rest)
-            except (OptionsError, CacheMissError):
+            except (OptionsError, CacheMissError, CalibrationError):
                 raise
             except Exception as error:
                 if options.strict:
@@ -117,8 +118,9 @@ class Backend:
         module = GraphModule(gm, copy.deepcopy(gm.graph))
         device = _device(inputs)
         manager = PassManager(options.methods, strict=options.strict)
+        parameters = [t for t in inputs if isinstance(t, torch.nn.Parameter)]
         label = f"graph{self.graphs_received:02d}"
-        context, record.passes = manager.run(module, device, label)
+        context, record.passes = manager.run(module, device, label, parameters)
         record.phase = context.anatomy.phase
         chooser = self._chooser(options, device)
         lowered = AttentionLowering(context, inputs, chooser, gate=options.gate, rotary=options.fusion).run()

@@ -31,6 +31,10 @@ class TuningError(TorchaccelError, RuntimeError):
     """Candidates cannot be measured: the process that measures does not start, or nothing is there to measure."""
 
 
+class CalibrationError(TorchaccelError, ValueError):
+    """A calibration plan that is missing, damaged, or of another model or method; or a method that has none."""
+
+
 class CacheMissError(TorchaccelError, LookupError):
     """With ``TORCHACCEL_ASSERT_CACHE_HIT=1``: the tuning cache holds nothing for what is being compiled."""
 

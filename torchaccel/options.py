@@ -6,16 +6,18 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from torchaccel.calibration.plan import CalibrationPlan
 from torchaccel.errors import OptionsError
 from torchaccel.methods import FAMILIES, names
 from torchaccel.passes.base import Method
+from torchaccel.passes.calibrated import load_plan, missing_plan, needs_plan
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -59,9 +61,26 @@ class Options:
                 found[key] = str(value) if isinstance(value, Path) else value
         return found
 
+    def with_plans(self, plans: Sequence[CalibrationPlan]) -> Options:
+        """These options with plans, of those given, for the methods that have none; raises ``CalibrationError``."""
+
+        def completed(method: Method) -> Method:
+            own = [plan for plan in plans if plan.method == method.name]
+            if method.calibration == "none" or method.options.plan is not None or not own:
+                if needs_plan(method):
+                    raise missing_plan(method)
+                return method
+            given = method.options.model_dump(exclude_unset=True) | {"plan": own[0]}
+            return type(method)(type(method.options)(**given))
+
+        return replace(self, methods=tuple(completed(method) for method in self.methods))
+
 
 def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
-    """Combine the three places into typed options; raises ``OptionsError`` naming the key and what is allowed."""
+    """Combine the three places into typed options; raises ``OptionsError`` naming the key and what is allowed.
+
+    Raises ``CalibrationError`` for a method without the plan that it needs, unless a bundle may bring it.
+    """
     environment = os.environ if environment is None else environment
     values: dict[str, tuple[Any, str]] = {}
     for found, where in (
@@ -75,12 +94,13 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
                 raise _unknown("preset", preset, PRESETS)
             values.update({key: (value, f"preset:{preset}") for key, value in PRESETS[preset].items()})
         values.update({key: (value, where(key)) for key, value in found.items()})
+    bundle = _path("bundle", values.get("bundle", (None, ""))[0])
     methods = []
     for family in FAMILIES:
         value, where_from = values.get(family, (None, ""))
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if one not in (None, False, "none"):
-                methods.append(_method(family, one, where_from))
+                methods.append(_method(family, one, where_from, bundle is not None))
     sources = {key: where_from for key, (_, where_from) in values.items()}
     given = {key: value for key, (value, _) in values.items()}
     tune = given.get("tune", "none")
@@ -92,7 +112,7 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
         sources,
         cache=_path("cache", given.get("cache")),
         tune=tune,
-        bundle=_path("bundle", given.get("bundle")),
+        bundle=bundle,
         trust=_flag("trust", given.get("trust", False)),
         fusion=_flag("fusion", given.get("fusion", True)),
         gate=_flag("gate", given.get("gate", True)),
@@ -146,7 +166,8 @@ def _check_keys(found: Mapping[str, Any], where: str) -> None:
             raise _unknown(f"option of {where}", key, KEYS)
 
 
-def _method(family: str, value: Any, where: str) -> Method:
+def _method(family: str, value: Any, where: str, bundled: bool) -> Method:
+    """The method asked for; bundled: whether a bundle may bring its plan."""
     if isinstance(value, str):
         value = {"method": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
@@ -163,12 +184,20 @@ def _method(family: str, value: Any, where: str) -> Method:
     for key in parameters:
         if key not in fields:
             raise _unknown(f"parameter of {family} method {method.name!r}", key, fields)
+    if isinstance(parameters.get("plan"), (str, Path)):
+        if bundled and not Path(parameters["plan"]).expanduser().is_file():
+            del parameters["plan"]  # a deployment needs no file besides its bundle
+        else:
+            parameters["plan"] = load_plan(parameters["plan"])
     try:
-        return method(method.Options(**parameters))
+        found = method(method.Options(**parameters))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise OptionsError(f"{family}.{key} (from {where}): {first['msg']}; found {first['input']!r}") from error
+    if needs_plan(found) and not bundled:
+        raise missing_plan(found)
+    return found
 
 
 def _flag(key: str, value: Any) -> bool:

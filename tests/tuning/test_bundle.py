@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from tests.tuning.support import MACHINE, elsewhere, timing
+from torchaccel.calibration.identity import ModelIdentity
+from torchaccel.calibration.plan import CalibrationPlan
 from torchaccel.errors import BundleError, CacheWarning
 from torchaccel.tuning import bundle as bundles
 from torchaccel.tuning import code, deployment
@@ -25,12 +27,16 @@ from torchaccel.tuning.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
 KERNEL = "ab/cabcdef.main.so"
+PLAN = CalibrationPlan("cskv", {"rank": 2}, ModelIdentity("Model", (), ()), {"x": torch.ones(3)}, "0.1.0")
+PLAN_FILE = f"{bundles.CALIBRATION}cskv{bundles.PLAN}"
 Files = dict[str, bytes]
 
 
 @pytest.fixture
 def whole() -> Bundle:
-    return Bundle(MACHINE, {"python": "3.11"}, (timing(),), b"plan", {KERNEL: b"binary"}, b"artifacts")
+    return Bundle(
+        MACHINE, {"python": "3.11"}, (timing(),), {"cskv": PLAN.to_bytes()}, {KERNEL: b"binary"}, b"artifacts"
+    )
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def test_a_bundle_comes_back_as_it_was(path: Path, whole: Bundle) -> None:
 
 
 def test_a_bundle_without_code_or_plan(tmp_path: Path, whole: Bundle) -> None:
-    portable = replace(whole, calibration=None, kernels={}, artifacts=None)
+    portable = replace(whole, calibration={}, kernels={}, artifacts=None)
     portable.write(tmp_path / "portable")
     assert read_bundle(tmp_path / "portable") == portable and not portable.has_code
 
@@ -76,10 +82,10 @@ def test_rewriting_as_it_was_is_accepted(path: Path, whole: Bundle) -> None:
     assert read_bundle(path) == whole
 
 
-@pytest.mark.parametrize("name", [bundles.TUNED, bundles.CALIBRATION, bundles.ARTIFACTS, bundles.KERNELS + KERNEL])
+@pytest.mark.parametrize("name", [bundles.TUNED, PLAN_FILE, bundles.ARTIFACTS, bundles.KERNELS + KERNEL])
 def test_a_changed_file_is_named(path: Path, name: str) -> None:
     files = contents(path)
-    rewritten(path, {**files, name: b"X" + files[name][1:]})
+    rewritten(path, {**files, name: bytes([files[name][0] ^ 1]) + files[name][1:]})
     with pytest.raises(BundleError, match="is not what the manifest says"):
         read_bundle(path)
 
@@ -227,7 +233,7 @@ def test_code_runs_on_the_same_machine_with_trust(tmp_path: Path, whole: Bundle,
         brought = known.bring(own, True, CPU)
         known.bring(own, True, CPU)
     assert brought.refused is None and installed == [b"artifacts"]
-    assert brought.records == (timing(),) and brought.calibration == b"plan"
+    assert brought.records == (timing(),) and brought.plans == (PLAN,)
 
 
 def test_without_trust_no_code_runs_and_the_rest_is_used(
@@ -237,7 +243,7 @@ def test_without_trust_no_code_runs_and_the_rest_is_used(
     with pytest.warns(CacheWarning, match="trust"):
         brought = Deployment().bring(own, False, CPU)
     assert brought.refused and not installed
-    assert brought.records == (timing(),) and brought.calibration == b"plan"
+    assert brought.records == (timing(),) and brought.plans == (PLAN,)
 
 
 def test_code_of_another_device_is_refused_field_by_field(path: Path, installed: list[bytes | None]) -> None:
@@ -259,7 +265,7 @@ def test_nothing_of_a_damaged_bundle_is_used(path: Path, installed: list[bytes |
     rewritten(path, {**contents(path), bundles.ARTIFACTS: b"other"})
     with pytest.warns(CacheWarning, match="Nothing of it is used"):
         brought = Deployment().bring(path, True, CPU)
-    assert brought.records == () and brought.calibration is None and not installed
+    assert brought.records == () and brought.plans == () and not installed
 
 
 def test_strict_raises_instead(path: Path) -> None:

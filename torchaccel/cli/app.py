@@ -7,6 +7,7 @@ import typer
 from .bench import bench
 from .bundle import bundle
 from .cache import cache
+from .calibrate import calibrate
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
@@ -23,5 +24,5 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 app.add_typer(bundle, name="bundle")
-for command in (demo, evaluate, predict, tune, methods, report, info):
+for command in (demo, evaluate, predict, calibrate, tune, methods, report, info):
     app.command()(command)

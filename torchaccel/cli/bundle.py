@@ -22,15 +22,13 @@ def create(
     model: Model = "llama-110m",
     shapes: Shapes = "1x512",
     options: OptionsJson = "{}",
-    calibration: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A calibration plan (safetensors) to take along.")
-    ] = None,
     code: Annotated[bool, typer.Option("--code/--no-code", help="Take compiled code along.")] = True,
     cache: CachePath = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Pack the tuned results and, for prompts of these shapes, everything a first token needs compiled."""
+    """Pack the tuned results, the calibration plans that the options name and, for prompts of these shapes, everything
+    a first token needs compiled."""
     from ..evaluation.variants import parse_options
 
     console = Console(stderr=True)
@@ -38,7 +36,7 @@ def create(
         sizes, given = read_shapes(shapes), dict(parse_options(options))
         if cache is not None:
             given["cache"] = str(cache)
-        _create(target, model, sizes, given, calibration, code, device, dtype)
+        _create(target, model, sizes, given, code, device, dtype)
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -47,7 +45,6 @@ def _create(
     name: str,
     sizes: list[tuple[int, int]],
     options: dict[str, Any],
-    calibration: Path | None,
     with_code: bool,
     device: str,
     dtype: str,
@@ -77,13 +74,14 @@ def _create(
             else:
                 model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
+    plans = [getattr(method.options, "plan", None) for method in resolve(options).methods]
     kernels, artifacts = code.record(run) if with_code else ({}, None)
     own = fingerprint(model.device)
     Bundle(
         fingerprint=own,
         toolchain=code.toolchain() if with_code else {},
         tuned=TuningCache(resolve(options).cache or default_path()).records(own),
-        calibration=None if calibration is None else calibration.read_bytes(),
+        calibration={plan.method: plan.to_bytes() for plan in plans if plan is not None},
         kernels=kernels,
         artifacts=artifacts,
     ).write(target)
@@ -102,10 +100,8 @@ def verify(source: BundleFile, device: Device = "auto") -> None:
         differences = fingerprint(resolve_device(device)).differences(found.fingerprint)
         if found.has_code and not differences:
             differences = found.toolchain_differences(code.toolchain())
-    plan = "a" if found.calibration is not None else "no"
-    print(
-        f"{source} is whole: {len(found.tuned)} tuned results, {plan} calibration, {len(found.kernels)} files of code"
-    )
+    plans = f"calibration of {', '.join(found.calibration)}" if found.calibration else "no calibration"
+    print(f"{source} is whole: {len(found.tuned)} tuned results, {plans}, {len(found.kernels)} files of code")
     if differences:
         print("it was made for another device or toolchain, its code is not used here:\n  " + "\n  ".join(differences))
     elif found.has_code:

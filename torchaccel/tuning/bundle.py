@@ -1,9 +1,10 @@
 """A bundle: what a deployment was tuned and compiled to, in one archive, for machines that should not do it again.
 
 The archive is a zip file of ``manifest.json`` (format, fingerprint, SHA-256 and size of every file), ``tuned.json``
-(the records of the tuning cache), ``calibration.safetensors`` (a calibration plan, optional), and under ``code/`` what
-can be executed: ``kernels/``, the binaries and sources that Inductor's code cache holds, and ``inductor.bin``, what
-``torch.compiler.save_cache_artifacts()`` returns. The hashes show damage; they do not show who made the bundle.
+(the records of the tuning cache), ``calibration/METHOD.safetensors`` (the calibration plans of methods), and under
+``code/`` what can be executed: ``kernels/``, the binaries and sources that Inductor's code cache holds, and
+``inductor.bin``, what ``torch.compiler.save_cache_artifacts()`` returns. The hashes show damage; they do not show who
+made the bundle.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from .record import Record
 FORMAT = 1
 MANIFEST = "manifest.json"
 TUNED = "tuned.json"
-CALIBRATION = "calibration.safetensors"
+CALIBRATION = "calibration/"
+PLAN = ".safetensors"
 ARTIFACTS = "code/inductor.bin"
 KERNELS = "code/kernels/"
 # Nothing else may be in a bundle: no absolute names, no "..", no folders, nothing that is looked up by another name.
+_METHOD = re.compile(r"[a-z0-9_]+")
 _KERNEL = re.compile(r"[a-z0-9]{2}/[a-z0-9]+(\.main)?\.(so|cpp)")
 MAX_FILES = 10_000
 MAX_BYTES = 2**30
@@ -43,14 +46,15 @@ class Bundle:
     """The verified contents of a bundle.
 
     fingerprint: the machine it was made on. toolchain: what compiled code depends on beyond that, by name. tuned,
-    calibration: the portable part. kernels: file name within Inductor's cache folder -> content; artifacts: the bytes
-    of ``torch.compiler.save_cache_artifacts()``; both are executed when they are loaded.
+    calibration: the portable part, records and the content of plans by method. kernels: file name within Inductor's
+    cache folder -> content; artifacts: the bytes of ``torch.compiler.save_cache_artifacts()``; both are executed when
+    they are loaded.
     """
 
     fingerprint: Fingerprint
     toolchain: Mapping[str, str]
     tuned: tuple[Record, ...]
-    calibration: bytes | None
+    calibration: Mapping[str, bytes]
     kernels: Mapping[str, bytes]
     artifacts: bytes | None
 
@@ -70,8 +74,7 @@ class Bundle:
     def write(self, path: Path) -> None:
         """Write the archive, under a temporary name until it is complete."""
         files = {TUNED: exchange.to_text(self.tuned).encode()}
-        if self.calibration is not None:
-            files[CALIBRATION] = self.calibration
+        files.update({CALIBRATION + method + PLAN: content for method, content in self.calibration.items()})
         if self.artifacts is not None:
             files[ARTIFACTS] = self.artifacts
         files.update({KERNELS + name: content for name, content in self.kernels.items()})
@@ -151,9 +154,12 @@ def _from_files(files: dict[str, bytes]) -> Bundle:
     except ValueError as error:
         raise BundleError(str(error)) from error
     kernels = {name.removeprefix(KERNELS): content for name, content in files.items() if name.startswith(KERNELS)}
-    return Bundle(
-        fingerprint, manifest["toolchain"], tuple(tuned), files.get(CALIBRATION), kernels, files.get(ARTIFACTS)
-    )
+    plans = {
+        name.removeprefix(CALIBRATION).removesuffix(PLAN): content
+        for name, content in files.items()
+        if name.startswith(CALIBRATION)
+    }
+    return Bundle(fingerprint, manifest["toolchain"], tuple(tuned), plans, kernels, files.get(ARTIFACTS))
 
 
 def _manifest(content: bytes) -> dict[str, Any]:
@@ -173,8 +179,10 @@ def _manifest(content: bytes) -> dict[str, Any]:
 
 
 def _check_name(name: str) -> None:
-    plain = name in (MANIFEST, TUNED, CALIBRATION, ARTIFACTS)
-    if not plain and not (name.startswith(KERNELS) and _KERNEL.fullmatch(name.removeprefix(KERNELS))):
+    plain = name in (MANIFEST, TUNED, ARTIFACTS)
+    kernel = name.startswith(KERNELS) and _KERNEL.fullmatch(name.removeprefix(KERNELS))
+    method = name.removeprefix(CALIBRATION).removesuffix(PLAN)
+    if not plain and not kernel and not (name == CALIBRATION + method + PLAN and _METHOD.fullmatch(method)):
         raise BundleError(f"{name!r} is no name of a file in a bundle")
 
 

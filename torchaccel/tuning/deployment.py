@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch.fx import Graph
 
+from torchaccel.calibration.plan import CalibrationPlan, plan_from_bytes
 from torchaccel.cost.facts import DeviceFacts
-from torchaccel.errors import BundleError, CacheWarning
+from torchaccel.errors import BundleError, CacheWarning, CalibrationError
 
 from . import code
 from .bundle import Bundle, read_bundle
@@ -29,10 +30,10 @@ BUDGET_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Brought:
-    """What was taken from a bundle: its records, its calibration plan, and why its code was not, None if it was."""
+    """What was taken from a bundle: its records, its calibration plans, and why its code was not, None if it was."""
 
     records: tuple[Record, ...] = ()
-    calibration: bytes | None = None
+    plans: tuple[CalibrationPlan, ...] = ()
     refused: str | None = "there is no bundle"
 
 
@@ -90,7 +91,8 @@ class Deployment:
 def _bring(path: Path, trust: bool, device: torch.device) -> Brought:
     try:
         bundle = read_bundle(path)
-    except BundleError as error:
+        plans = tuple(plan_from_bytes(content, f"{path}:{method}") for method, content in bundle.calibration.items())
+    except (BundleError, CalibrationError) as error:
         return Brought(refused=f"{error}. Nothing of it is used")
     refused = _refusal(path, bundle, trust, device)
     if refused is None and bundle.has_code:
@@ -98,7 +100,7 @@ def _bring(path: Path, trust: bool, device: torch.device) -> Brought:
             code.install(bundle.kernels, bundle.artifacts)
         except (OSError, RuntimeError, ValueError) as error:
             refused = f"the compiled code of {path} cannot be installed ({error}); it is compiled again"
-    return Brought(bundle.tuned, bundle.calibration, refused)
+    return Brought(bundle.tuned, plans, refused)
 
 
 def _refusal(path: Path, bundle: Bundle, trust: bool, device: torch.device) -> str | None:
