@@ -25,7 +25,7 @@ from .choice import Chooser
 from .gate import Gate, Judgement
 from .lowered import Lowered, LoweredSite
 from .prompt_outputs import prompt_outputs
-from .ragged import ragged_spec
+from .ragged import marks_of, ragged_spec
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -336,11 +336,9 @@ class AttentionLowering:
         if windows is not None and spec.window is not None:
             self.declines.append(Decline(site.name, Reason.RAGGED_WINDOW))
         spec, bound = ragged_spec(spec, windows), None
-        if spec.head_windows and windows is not None:
+        if windows is not None:
             with self.graph.inserting_before(site.node):
-                marks = [int(bound) for bound in windows.bound]
-                made = {"dtype": torch.int32, "device": self.context.device}
-                bound = self.graph.call_function(torch.tensor, (marks,), made)
+                bound = marks_of(windows, self.graph, self.context.device)
         k_pool, v_pool, positions = buffers
         table, tails = (self.signature.buffer(past, layout, name) for name in ("table", "tails"))
         lens = self.signature.placeholder(f"{past.name}_lens", torch.zeros(4, dtype=torch.int64))

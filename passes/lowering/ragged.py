@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch.fx import Graph, Node
 from torchaccel.kernels.ragged import PAGE
 from torchaccel.kernels.spec import AttentionSpec
 
@@ -17,3 +19,9 @@ def ragged_spec(spec: AttentionSpec, windows: HeadWindows | None) -> AttentionSp
     if windows is None:
         return spec
     return replace(spec, head_windows=True, window=windows.recent, sinks=windows.sinks)
+
+
+def marks_of(windows: HeadWindows, graph: Graph, device: torch.device) -> Node:
+    """A constant of the graph: int32 ``[H_kv]``, 1 for heads with a window."""
+    marks = [int(bound) for bound in windows.bound]
+    return graph.call_function(torch.tensor, (marks,), {"dtype": torch.int32, "device": device})

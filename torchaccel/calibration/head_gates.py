@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchaccel.errors import CalibrationError
 
 from .calibrator import Calibrator, Collector
+
+Attend = Callable[..., Tensor]
 
 GATES = "site{}.gates"
 PASSKEYS = 8
@@ -21,41 +24,47 @@ RATE, PENALTY, WARM_UP, DECAY, FLOOR = 0.02, 0.05, 0.2, 0.2, 0.1
 class HeadGates(Calibrator):
     """Mixes full attention and that of sinks and recent tokens in every KV head, and learns how much of which it needs.
 
-    The model reads texts with passkeys that it is asked for at the end. One copy of it attends to everything; in the
-    other a head's output is ``gate`` times that of the first copy's, and ``1 - gate`` times its own without what lies
-    between. The gates minimise how far the hidden states that predict the answers are from each other, and themselves.
-    A method's options have ``sinks``, ``recent`` and ``steps``; the plan has a tensor ``[H_kv]`` for every attention.
+    The model reads texts with passkeys that it is asked for at the end, once as it is and once mixed: the output of a
+    head is then ``gate`` times what it was, and ``1 - gate`` times its attention without what lies between. The gates
+    minimise how far the hidden states that predict the answers are from what they were, and themselves. A method's
+    options have ``sinks``, ``recent`` and ``steps``; the plan has a tensor ``[H_kv]`` for every attention.
     """
 
     def run(self, collector: Collector) -> dict[str, Tensor]:
+        texts = self._texts(collector)
         device = next(collector.model.parameters()).device
         gates = [torch.ones(site.kv_heads, device=device, requires_grad=True) for site in collector.sites]
-        forward = collector.replaced(lambda site, *args: self._mixed(gates[site], *args))
+        whole: dict[int, Tensor] = {}
+
+        def note(site: int, attend: Attend, *inputs: Any) -> Tensor:
+            whole[site] = attend(*inputs)
+            return whole[site]
+
+        def mix(site: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: bool) -> Tensor:
+            near = window(q.shape[2], self.options.sinks, self.options.recent, q.device)
+            if mask is not None:
+                near = mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, -torch.inf)
+            gate = gates[site].repeat_interleave(q.shape[1] // k.shape[1])[None, :, None, None].to(q.dtype)
+            return gate * whole[site] + (1 - gate) * attend(q, k, v, near, False)
+
+        exact, mixed = collector.replaced(note), collector.replaced(mix)
         optimiser = torch.optim.AdamW(gates, lr=RATE, weight_decay=0.0)
-        steps = self.options.steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, self.options.steps))
         generator = torch.Generator().manual_seed(self.seed)
-        texts = self._texts(collector)
-        trained = [(weight, weight.requires_grad) for weight in collector.model.parameters()]
-        for weight, _ in trained:
-            weight.requires_grad_(False)
-        try:
-            for step in collector.progress(range(steps)):
+        with _frozen(collector.model):
+            for step in collector.progress(range(self.options.steps)):
                 ids, answers = passkeys(texts[step % len(texts)], generator)
-                states = last_states(forward(input_ids=ids.expand(2, -1).to(device)))
-                exact, mixed = states[:, answers.to(device)].float()
-                distance = (exact.detach() - mixed).square().mean()
-                loss = distance + PENALTY * torch.cat(gates).abs().mean()
+                ids, answers = ids.to(device), answers.to(device)
+                with torch.no_grad():
+                    wanted = last_states(exact(input_ids=ids))[:, answers].float()
+                found = last_states(mixed(input_ids=ids))[:, answers].float()
+                loss = (found - wanted).square().mean() + PENALTY * torch.cat(gates).abs().mean()
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 schedule.step()
-                with torch.no_grad():
-                    for gate in gates:
-                        gate.clamp_(0.0, 1.0)
-        finally:
-            for weight, before in trained:
-                weight.requires_grad_(before)
+                for gate in gates:
+                    gate.data.clamp_(0.0, 1.0)
         return {GATES.format(site): gate.detach() for site, gate in enumerate(gates)}
 
     def _texts(self, collector: Collector) -> list[Tensor]:
@@ -74,24 +83,18 @@ class HeadGates(Calibrator):
             )
         return long
 
-    def _mixed(
-        self,
-        gate: Tensor,
-        attend: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-    ) -> Tensor:
-        """Attention of both copies ``[2, H, S, D]``; attend: of q, k, v, mask and whether it is causal."""
-        whole = attend(q[:1], k[:1], v[:1], None if mask is None else mask[:1], causal)
-        near = window(q.shape[2], self.options.sinks, self.options.recent, q.device)
-        if mask is not None:
-            near = mask[-1:] & near if mask.dtype == torch.bool else mask[-1:].masked_fill(~near, -torch.inf)
-        part = attend(q[1:], k[1:], v[1:], near, False)
-        weight = gate.repeat_interleave(q.shape[1] // k.shape[1])[None, :, None, None].to(q.dtype)
-        return torch.cat([whole, weight * whole.detach() + (1 - weight) * part])
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model without gradients of its weights."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 def retrieval_heads(gates: Sequence[Tensor], sparsity: float, seed: int = 0) -> list[tuple[int, ...]]:
