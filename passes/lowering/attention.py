@@ -340,7 +340,7 @@ class AttentionLowering:
             with self.graph.inserting_before(site.node):
                 bound = marks_of(windows, self.graph, self.context.device)
         k_pool, v_pool, positions = buffers
-        table, tails = (self.signature.buffer(past, layout, name) for name in ("table", "tails"))
+        table, tails = (self.signature.buffer(past, layout, name) for name in ("pages", "tails"))
         lens = self.signature.placeholder(f"{past.name}_lens", torch.zeros(4, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(past).shape[2]))
         choice = self.chooser.plan(spec, shape)

@@ -10,6 +10,7 @@ from tests.models.families import VOCAB, build
 from torchaccel.calibration.calibrate import calibrate
 from torchaccel.calibration.head_gates import gates_of, passkeys, rate, retrieval_heads, window
 from torchaccel.errors import CalibrationError
+from torchaccel.options import resolve
 
 OPTIONS = {"sinks": 3, "recent": 12, "steps": 3}
 
@@ -89,4 +90,4 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 def test_without_heads_a_plan_is_asked_for():
     with pytest.raises(CalibrationError, match="torchaccel calibrate --method duo_attention"):
-        torchaccel.options.resolve({"kv_compression": "duo_attention"})
+        resolve({"kv_compression": "duo_attention"})

@@ -59,7 +59,7 @@ class Cache:
         keys, values = writable_pair(self.keys, self.values, new)
         storage = keys.physical
         lens = torch.tensor(storage.lengths(keys.start, keys.end, tokens))
-        tables = storage.positions, storage.table, storage.tails
+        tables = storage.positions, storage.pages, storage.tails
         run = partial(reference.decode_attention, SPEC)
         got = ragged.attend(run, q, *fresh, storage.buf, values.physical.buf, lens, None, *tables)
         other = copy.copy(self)

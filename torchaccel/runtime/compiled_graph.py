@@ -92,7 +92,7 @@ class CompiledGraph:
             if binding.positions:
                 inputs.append(key_storage.positions)
             if isinstance(key_storage, RaggedStorage):
-                inputs += [key_storage.table, key_storage.tails]
+                inputs += [key_storage.pages, key_storage.tails]
             if binding.prefixes:
                 lengths += prefixes(key_storage, value_storage, inputs)
             if lengths not in lens:

@@ -139,7 +139,7 @@ def inner_names(layout: Layout) -> list[str]:
     """The attributes of a logical tensor that hold tensors: what a compiled graph sees of it."""
     names = ["buf", "positions"] if layout.positions else ["buf"]
     if layout.ragged and layout.positions:
-        names += ["table", "tails"]
+        names += ["pages", "tails"]
     return names + prefix_names(layout)
 
 

@@ -82,10 +82,10 @@ class RaggedStorage(Storage):
     """A buffer ``[1, 1, C, D]`` of pages. Slots are counted as columns of the sequence: ``filled`` is its length.
 
     Heads that see a window drop what has left it whenever the buffer is made anew, which is every ``Segments.room``
-    columns; until then the kernel passes over it. Keys also have ``table`` and ``tails``, see ``kernels.ragged``.
+    columns; until then the kernel passes over it. Keys also have ``pages`` and ``tails``, see ``kernels.ragged``.
     """
 
-    table: Tensor | None = None
+    pages: Tensor | None = None
     tails: Tensor | None = None
 
     def __init__(self, layout: Layout, segments: Segments, device: torch.device, contiguous_from: int):
@@ -98,8 +98,8 @@ class RaggedStorage(Storage):
         self.segments = segments
         self.capacity = segments.base + segments.room
         if layout.positions:
-            self.table, self.tails = segments.table().to(device), segments.tails.to(device)
-            torch._dynamo.maybe_mark_dynamic(self.table, 2)
+            self.pages, self.tails = segments.table().to(device), segments.tails.to(device)
+            torch._dynamo.maybe_mark_dynamic(self.pages, 2)
 
     @property
     def rows(self) -> int:
@@ -111,7 +111,7 @@ class RaggedStorage(Storage):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(x.nbytes for x in (self.table, self.tails) if x is not None)
+        return super().nbytes + sum(x.nbytes for x in (self.pages, self.tails) if x is not None)
 
     @property
     def windows(self) -> HeadWindows | None:

@@ -9,6 +9,8 @@ from transformers import DynamicCache
 import torchaccel
 from tests.e2e.generation import compiled, greedy, phases, prompt
 from tests.passes.kv_compression.masked_reference import Rule, grouped, masked
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 
 SNAPKV = {"method": "snapkv", "window": 6, "kernel": 3, "pooling": "avg"}
 
@@ -133,5 +135,5 @@ def test_normalised_scores():
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(torchaccel.errors.OptionsError, match=message):
-        torchaccel.options.resolve({"kv_compression": {"method": "adakv", **options}})
+    with pytest.raises(OptionsError, match=message):
+        resolve({"kv_compression": {"method": "adakv", **options}})
