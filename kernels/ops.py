@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, mixed_precision, registry, shared_prefix
+from . import kv_format, mixed_precision, ragged, registry, shared_prefix
 from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
@@ -33,6 +33,8 @@ _SCHEMAS = {
     "attend_mixed": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!) positions, Tensor[] classes, str plan, str high_plan, str low_plan) -> Tensor",
     "extend_rotary": "(Tensor(a!) table, Tensor cos, Tensor sin, Tensor lens) -> ()",
+    "attend_ragged": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor lens, "
+    "Tensor? mask, Tensor positions, Tensor table, Tensor tails, Tensor? head_windows, str plan) -> Tensor",
     "attend_static": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
@@ -61,6 +63,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_latents", _attend_latents, key)
         lib.impl("attend_mixed", _attend_mixed, key)
         lib.impl("extend_rotary", _extend_rotary, key)
+        lib.impl("attend_ragged", _attend_ragged, key)
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
@@ -75,6 +78,7 @@ def library() -> torch.library.Library:
         "attend_rotary",
         "attend_latents",
         "attend_mixed",
+        "attend_ragged",
         "attend_static",
         "attend_prompt",
     ):
@@ -230,6 +234,11 @@ def _extend_rotary(table: Tensor, cos: Tensor, sin: Tensor, lens: Tensor) -> Non
     first = int(lens[2])
     for part, new in zip(table, (cos, sin), strict=True):
         part[:, first : first + tokens] = new.reshape(-1, tokens, size)
+
+
+def _attend_ragged(q: Tensor, *rest: Any) -> Tensor:
+    *arguments, plan = rest
+    return ragged.attend(registry.attend(plan), q, *arguments)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:

@@ -40,8 +40,11 @@ def per_head(columns: Tensor, group: int) -> Tensor:
 
 
 def by_column(mask: Tensor, columns: Tensor, group: int) -> Tensor:
-    """The mask ``[B | 1, H | 1, Q, columns]`` for each key: ``[B, 1 | H, Q, K]``; columns as in ``visible``."""
-    columns = per_head(columns, group)[:, :, None]
+    """The mask ``[B | 1, H | 1, Q, columns]`` for each key: ``[B, 1 | H, Q, K]``; columns as in ``visible``.
+
+    Keys beyond the mask's columns, which are of tokens to come, are given that of the last one.
+    """
+    columns = per_head(columns, group)[:, :, None].clamp(max=mask.shape[3] - 1)
     rows, heads = columns.shape[0], max(columns.shape[1], mask.shape[1])
     return mask.expand(rows, heads, -1, -1).gather(3, columns.expand(rows, heads, mask.shape[2], -1))
 

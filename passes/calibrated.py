@@ -90,10 +90,15 @@ class CalibratedMethod(Method):
                 f"for. {command(self)}"
             )
 
+    @property
+    def lacks_plan(self) -> bool:
+        """Whether the method cannot run as it is, for want of a plan."""
+        return self.calibration == "required" and self.options.plan is None
+
     def apply(self, context: RewriteContext) -> PassResult:
         """Check the plan against the graph's model, then rewrite; raises ``CalibrationError`` for another model's."""
         plan = self.options.plan
-        if plan is None and self.calibration == "required":
+        if self.lacks_plan:
             raise missing_plan(self)
         if plan is not None:
             sites = [SiteShape(site.heads, site.kv_heads, site.head_dim) for site in context.anatomy.attentions]
@@ -104,7 +109,7 @@ class CalibratedMethod(Method):
 
 def needs_plan(method: Method) -> bool:
     """Whether a method cannot run as it is, for want of a plan."""
-    return method.calibration == "required" and getattr(method.options, "plan", None) is None
+    return isinstance(method, CalibratedMethod) and method.lacks_plan
 
 
 def missing_plan(method: Method) -> CalibrationError:

@@ -29,7 +29,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torchaccel.calibration.identity": ("torchaccel.errors",),
     "torchaccel.calibration.plan": ("torchaccel.calibration.identity", "torchaccel.errors"),
     "torchaccel.calibration.calibrator": ("torchaccel.calibration.identity",),
+    "torchaccel.calibration.head_gates": ("torchaccel.calibration.calibrator", "torchaccel.errors"),
     "torchaccel.passes": (
+        "torchaccel.calibration.head_gates",
         "torchaccel.calibration.identity",
         "torchaccel.calibration.plan",
         "torchaccel.calibration.calibrator",

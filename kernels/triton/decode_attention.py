@@ -145,7 +145,7 @@ class DecodeAttention:
         n = q.shape[2]
         if spec.rotary != "none":
             cos, sin = _tables(*rotary.tables(spec, cos, sin, q.shape[0], n))
-        rebuilding = _rebuilding(spec.key_format, projection, table, k_buf.shape[1], logical + n)
+        rebuilding = _rebuilding(spec.key_format, projection, table, k_buf.shape[1])
         call = _Call(
             k_buf, v_buf, start, end, logical, end, mask, positions, index, head_windows, cos, sin, *rebuilding
         )
@@ -364,22 +364,17 @@ def turned_parts(turned: int, head_dim: int) -> dict[str, int]:
 
 
 def _rebuilding(
-    fmt: KVFormat, projection: Tensor | None, table: Tensor | None, heads: int, columns: int
+    fmt: KVFormat, projection: Tensor | None, table: Tensor | None, heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What latent keys are rebuilt with, as the kernel reads it; nothing for other keys.
-
-    Keys without rotary embedding are turned by no angle at each of the ``columns``.
-    """
+    """What latent keys are rebuilt with, as the kernel reads it; nothing for other keys."""
     if fmt.kind != "latent":
         return None, None
     shape = heads, heads * fmt.rank, fmt.head_dim
     if projection is None or tuple(projection.shape) != shape:
         found = "none" if projection is None else list(projection.shape)
         raise ValueError(f"latent keys need a projection {list(shape)}; found {found}")
-    if table is None:
-        turn = torch.tensor([1.0, 0.0], device=projection.device)
-        table = turn.view(2, 1, 1, 1).expand(2, 1, columns, 2)
-    return projection.to(DTYPES[fmt.dtype]).contiguous(), table.float().contiguous()
+    angles = projection.new_empty(2, 1, 0, 0) if table is None else table
+    return projection.to(DTYPES[fmt.dtype]).contiguous(), angles.float().contiguous()
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

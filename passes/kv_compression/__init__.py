@@ -1,7 +1,9 @@
 """The methods of the kv_compression family: one file each, listed here."""
 
+from .adakv import AdaKV
 from .critic import Critic
 from .cskv import CSKV
+from .duo_attention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .gear import Gear
 from .h2o import H2O
@@ -32,6 +34,8 @@ METHODS = (
     H2O,
     SnapKV,
     PyramidKV,
+    AdaKV,
+    DuoAttention,
     LookM,
     VideoXL,
     ExpectedAttention,

@@ -27,6 +27,7 @@ from .latents import LatentLowering
 from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
+from .ragged import marks_of, ragged_spec
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -142,6 +143,8 @@ class AttentionLowering:
     def _layouts(self, site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
         plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
+        if plan.eviction is not None and plan.eviction.ragged and not plan.dropped:
+            keys, values = plain, plain
         mixing = None if plan.dropped else plan.mixing
         some = plan.keep is not None or plan.eviction is not None or mixing is not None
         pruned = some and not plan.dropped
@@ -209,6 +212,8 @@ class AttentionLowering:
         prompt = None
         policy = plan.mixing or plan.eviction
         if policy is not None and not plan.dropped:
+            if plan.eviction is not None and plan.eviction.ragged and plan.formats is not None:
+                self.declines.append(Decline(site.name, Reason.RAGGED_CODES))
             anatomy, extra = self.context.anatomy, self.signature.extra_output
             prompt = prompt_outputs(self.graph, anatomy, site, policy, mass, extra)
         self.signature.stores.append(
@@ -277,6 +282,10 @@ class AttentionLowering:
         if layouts[0].prefixes:
             self.signature.appends.append(binding)
             self._attend_shared(site, plan, spec, buffers, layouts)
+            return
+        if layouts[0].ragged:
+            self.signature.appends.append(binding)
+            self._attend_ragged(site, plan, spec, [*buffers, positions], layouts[0])
             return
         lens = self.signature.placeholder(f"{keys.past.name}_lens", torch.zeros(3, dtype=torch.int64))
         shape = self._shape(site, _size(_fake(keys.past).shape[2]))
@@ -360,6 +369,29 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_shared.default, (*args, of_own.key(), choice.key()))
         layout = f"{_describe(layouts[0])}, shared prefix of {' and of '.join(str(count) for count in rows)} rows"
         self._note(site, choice, of_prefix, layout, plan)
+
+    def _attend_ragged(
+        self, site: AttentionSite, plan: SitePlan, spec: AttentionSpec, buffers: list[Any], layout: Layout
+    ) -> None:
+        """Attention over a cache whose heads keep different numbers of tokens; buffers: keys, values, positions."""
+        past = site.key_cache.past
+        assert past is not None and layout.eviction is not None
+        windows = layout.eviction.windows
+        if windows is not None and spec.window is not None:
+            self.declines.append(Decline(site.name, Reason.RAGGED_WINDOW))
+        spec, bound = ragged_spec(spec, windows), None
+        if windows is not None:
+            with self.graph.inserting_before(site.node):
+                bound = marks_of(windows, self.graph, self.context.device)
+        k_pool, v_pool, positions = buffers
+        table, tails = (self.signature.buffer(past, layout, name) for name in ("pages", "tails"))
+        lens = self.signature.placeholder(f"{past.name}_lens", torch.zeros(4, dtype=torch.int64))
+        shape = self._shape(site, _size(_fake(past).shape[2]))
+        choice = self.chooser.plan(spec, shape)
+        new = site.key_cache.new, site.value_cache.new
+        args = (site.q, *new, k_pool, v_pool, lens, site.mask, positions, table, tails, bound, choice.key())
+        self._replace(site, torch.ops.torchaccel.attend_ragged.default, args)
+        self._note(site, choice, shape, _describe(layout), plan)
 
     def _replace(
         self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None

@@ -12,6 +12,9 @@ from .identity import SiteShape
 
 Wanted = Literal["queries", "keys", "values", "plain_queries", "plain_keys", "output"]
 Batch = Mapping[str, Any]
+# Given a layer's number, what computes its attention, its q, k, v, mask and whether it is causal: the attention. What
+# computes it takes all that follows. Shapes: see ``canonical.attention``.
+Attention = Callable[[int, Callable[..., Tensor], Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Collector(Protocol):
 
     def run(self, wanted: Sequence[Wanted], observe: Callable[[Observation], None]) -> None:
         """Show every layer's work on every batch, layer by layer: nothing that was shown is kept."""
+
+    def replaced(self, attention: Attention) -> Callable[..., Any]:
+        """The model without its head, in which ``attention`` stands in the place of every attention layer's."""
 
     def progress(self, steps: range) -> Iterator[int]:
         """``steps`` one by one, which whoever waits is told of."""

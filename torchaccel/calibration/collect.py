@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from torchaccel.errors import CalibrationError
+from torchaccel.graph import canonical
 from torchaccel.graph.anatomy import AttentionSite, analyze
 from torchaccel.graph.rotary import rotation_of
 from torchaccel.passes.canonicalize.attention import canonicalize_attention
 from torchaccel.passes.dead_code import remove_dead_code
 
-from .calibrator import Batch, Observation, Wanted
+from .calibrator import Attention, Batch, Observation, Wanted
 from .identity import SiteShape
 
 Report = Callable[[int, int], None]
@@ -50,6 +51,23 @@ class TextCollector:
             for step in self.progress(range(len(self.batches))):
                 graphs[0] = 0
                 compiled(**self._arguments(self.batches[step]))
+
+    def replaced(self, attention: Attention) -> Callable[..., Any]:
+        """As of ``Collector``: gradients flow, and a model with a cache has none."""
+        body = getattr(self.model, "base_model", self.model)
+        ran = [0]
+
+        def rewrite(gm: GraphModule, examples: list[Any]) -> Any:
+            return _replacing(gm, attention, ran)
+
+        compiled = torch.compile(body.forward, backend=rewrite)
+        uncached = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+
+        def forward(**arguments: Any) -> Any:
+            ran[0] = 0
+            return compiled(**uncached, **arguments)
+
+        return forward
 
     def progress(self, steps: range) -> Iterator[int]:
         """As of ``Collector``."""
@@ -91,6 +109,40 @@ def site_shape(site: AttentionSite) -> SiteShape:
 
 def _cut(value: Any) -> Any:
     return value[:, :PROBE] if isinstance(value, Tensor) and value.dim() > 1 else value
+
+
+def _replacing(gm: GraphModule, attention: Attention, ran: list[int]) -> Callable[..., Any]:
+    """The graph with ``attention`` in the place of its own; ran[0]: attentions that ran before this graph."""
+    module = GraphModule(gm, copy.deepcopy(gm.graph))
+    graph = module.graph
+    remove_dead_code(graph)
+    canonicalize_attention(graph)
+    sites = analyze(graph).attentions
+    for site in sites:
+        _replace(site, attention, ran)
+    graph.lint()
+    module.recompile()
+
+    def run(*args: Any) -> Any:
+        results = module.forward(*args)
+        ran[0] += len(sites)
+        return results
+
+    return run
+
+
+def _replace(site: AttentionSite, attention: Attention, ran: list[int]) -> None:
+    def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        return canonical.attention(q, k, v, mask, scale=site.scale, causal=causal, softcap=site.softcap)
+
+    def replacement(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(ran[0] + site.index, own, q, k, v, mask, site.causal)
+
+    graph = site.node.graph
+    with graph.inserting_before(site.node):
+        node = graph.call_function(replacement, (site.q, site.k, site.v, site.mask))
+    site.node.replace_all_uses_with(node)
+    graph.erase_node(site.node)
 
 
 def _recording(

@@ -21,6 +21,7 @@ EVICTING = (
     "h2o",
     "snapkv",
     "pyramidkv",
+    "adakv",
     "expected_attention",
     "tova",
     "lazy_eviction",

@@ -124,10 +124,11 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, key buffer, value
-    buffer and positions of each class and the scale of values (when mixed), lens (int64 ``[3]``, with prefixes or
-    classes ``[1 + their number, 3]``), and the rotary table of the first layer that has it. results: for each result of
-    the compiled graph its position among the model's; positions from ``result_count`` on are for the stores only.
+    buffer, value buffer, positions (when pruned), table and tails (when ragged), key and value buffer of each shared
+    prefix, key buffer, value buffer and positions of each class and the scale of values (when mixed), lens (int64
+    ``[3]``, with prefixes or classes ``[1 + their number, 3]``, when ragged ``[4]``), and the rotary table of the first
+    layer that has it. results: for each result of the compiled graph its position among the model's; positions from
+    ``result_count`` on are for the stores only.
     """
 
     arguments: tuple[int, ...]

@@ -15,6 +15,7 @@ from .bindings import AppendBinding, Bindings, LatentBinding, StoreBinding
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
 from .mixed import sort_newest, store_mixed
+from .ragged import RaggedStorage
 from .rotary_table import RotaryTable, rotary_table
 from .storage import Layout, Storage
 
@@ -58,6 +59,8 @@ class CompiledGraph:
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
             if append.evicts:
                 self._settle(append, args, results, keys, values)
+            elif isinstance(keys.physical, RaggedStorage) and keys.physical.oversized(keys.end):
+                results[append.key_output], results[append.value_output] = keys.clone(), values.clone()
             if append.mixed:
                 self._sort(append, results, keys, values)
         tables: dict[tuple[int, int], RotaryTable] = {}
@@ -93,10 +96,12 @@ class CompiledGraph:
         if binding.skipped:
             end = keys.end
         else:
-            lengths: tuple[int, ...] = (keys.start, keys.end, logical - key_storage.offset)
+            lengths = key_storage.lengths(keys.start, keys.end, logical)
             inputs += [key_storage.buf, value_storage.buf]
             if binding.positions:
                 inputs.append(key_storage.positions)
+            if isinstance(key_storage, RaggedStorage):
+                inputs += [key_storage.pages, key_storage.tails]
             if binding.prefixes:
                 lengths += prefixes(key_storage, value_storage, inputs)
             if binding.mixed:

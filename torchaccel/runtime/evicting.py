@@ -12,8 +12,9 @@ from torchaccel.kernels import rotation
 
 from .aside import set_aside
 from .bindings import PromptBinding
-from .eviction import EvictionRecord, Prompt, Step
-from .kv import LogicalKV, compress
+from .eviction import EvictionRecord, Prompt, RaggedEviction, Step
+from .kv import LogicalKV, compress, view
+from .ragged import store_ragged
 from .storage import Layout, Storage
 
 
@@ -33,6 +34,9 @@ def store_prompt(
     policy = layouts[0].eviction
     assert policy is not None
     prompt = prompt_of(layouts, binding, results, keys, values, columns)
+    if isinstance(policy, RaggedEviction):
+        ragged = store_ragged(layouts, keys, values, policy.kept(prompt), logical, columns)
+        return view(ragged[0], 0, logical, logical), view(ragged[1], 0, logical, logical)
     kept = policy.keep(prompt)
     keys, values = policy.merge(prompt, kept)
     whole = columns

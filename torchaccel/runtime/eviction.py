@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -130,6 +130,26 @@ class Step:
     ids: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class HeadWindows:
+    """KV heads that see only the first tokens of a row and the last ones.
+
+    bound: for each KV head whether it is one. sinks: first tokens. recent: last tokens, a query's own included.
+    """
+
+    bound: tuple[bool, ...]
+    sinks: int
+    recent: int
+
+    # Tokens kept beyond the window, so that as many can be taken back: assisted generation proposes 20 by default.
+    REWIND: ClassVar[int] = 32
+
+    def limits(self) -> Tensor:
+        """Most tokens that each KV head has to keep, int64 ``[H_kv]``."""
+        most = self.sinks + self.recent + self.REWIND
+        return torch.tensor([most if bound else torch.iinfo(torch.int64).max for bound in self.bound])
+
+
 class Eviction:
     """Which tokens of a layer's cache stay. Subclasses are frozen dataclasses: they guard compiled graphs.
 
@@ -138,7 +158,8 @@ class Eviction:
     receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
     token_ids: the tokens' ids are; a prompt without is left as it is. images: which tokens stand for images is, too.
     later_queries: how many of the last queries, of all calls, are wanted to choose anew: the whole prompt is set aside
-    then, and what does not stay may come back.
+    then, and what does not stay may come back. ragged: KV heads keep different numbers of tokens, see
+    ``RaggedEviction``. windows: heads that see a window only.
     """
 
     budget: Budget
@@ -150,6 +171,8 @@ class Eviction:
     token_ids: bool = False
     images: bool = False
     later_queries: int = 0
+    ragged: bool = False
+    windows: HeadWindows | None = None
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""
@@ -191,6 +214,16 @@ class Eviction:
 
     def recall(self, prompt: Prompt, step: Step, capacity: int) -> Tensor:
         """The tokens of the prompt to hold from now on, as ``keep`` gives them; its queries are the last ones."""
+        raise NotImplementedError
+
+
+class RaggedEviction(Eviction):
+    """A policy under which KV heads, and rows, keep different numbers of tokens; padding is never one of them."""
+
+    ragged: bool = True
+
+    def kept(self, prompt: Prompt) -> Tensor:
+        """Which tokens stay after the prompt, bool ``[B, H_kv, S]``."""
         raise NotImplementedError
 
 

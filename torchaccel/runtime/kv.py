@@ -24,7 +24,8 @@ class LogicalKV(Tensor):
     """The keys or values of one layer, ``[B, H_kv, S, D]`` as far as anyone can see.
 
     ``physical`` holds what the layout keeps of them in slots ``start .. end``. Without positions slot ``start + j`` is
-    column j, or the j-th behind the tokens of shared prefixes; with positions fewer than S tokens are stored. Slicing
+    column j, or the j-th behind the tokens of shared prefixes; with positions fewer than S tokens are stored; a ragged
+    layout counts columns as slots. Slicing
     the sequence, selecting or repeating batch rows, ``clone``, ``detach`` and ``to`` keep the layout, except that rows
     that are repeated share their tokens from then on, as ``prefix0``, ``prefix1``; any other operation reads the tokens
     back, or raises ``EvictedTokensError`` when some are gone.
@@ -39,13 +40,12 @@ class LogicalKV(Tensor):
     generation: int
 
     @staticmethod
-    def __new__(cls, layout: Layout, buf: Tensor, inner: Mapping[str, Tensor], size: Any) -> LogicalKV:
-        """Wrap ``buf``; ``size`` is the logical shape, ``inner`` the other tensors of a storage, by ``inner_names``."""
+    def __new__(cls, layout: Layout, inner: Mapping[str, Tensor], size: Any) -> LogicalKV:
+        """Wrap the tensors that ``inner_names`` lists; ``size`` is the logical shape."""
         wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
-            cls, size, dtype=DTYPES[layout.format.dtype], device=buf.device, requires_grad=False
+            cls, size, dtype=DTYPES[layout.format.dtype], device=inner["buf"].device, requires_grad=False
         )
         wrapper.kv_layout = layout
-        wrapper.buf = buf
         wrapper.physical = None
         for name in inner_names(layout):
             setattr(wrapper, name, inner[name])
@@ -56,11 +56,11 @@ class LogicalKV(Tensor):
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], Layout]:
-        return ["buf", *inner_names(self.kv_layout)], self.kv_layout
+        return inner_names(self.kv_layout), self.kv_layout
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Any, stride: Any) -> LogicalKV:
-        return LogicalKV(layout, inner["buf"], inner, size)
+        return LogicalKV(layout, inner, size)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LogicalKV(shape={tuple(self.shape)}, dtype={self.dtype}, layout={self.kv_layout})"
@@ -107,11 +107,11 @@ class LogicalKV(Tensor):
         if self.physical is None:
             # Tracing with fake tensors: only shape, dtype and device exist.
             return self.buf.new_empty(self.shape, dtype=self.dtype)
-        kept = self.physical.offset + self.physical.sorted + self.end - self.start
+        kept = self.physical.stored(self.start, self.end)
         if kept != self.shape[2]:
             raise EvictedTokensError(
                 f"asked to read all {self.shape[2]} tokens of a KV cache that keeps {kept} of them "
-                f"({self.kv_layout.format.kind} layout{', pruned' if self.kv_layout.pruned else ''}); pass this "
+                f"({self.kv_layout.format.kind} layout, {_pruning(self.kv_layout)}); pass this "
                 "cache only to a model compiled with torchaccel, or compile without the method that evicts tokens"
             )
         if self.physical.classes:
@@ -144,8 +144,10 @@ def prefix_names(layout: Layout) -> list[str]:
 
 
 def inner_names(layout: Layout) -> list[str]:
-    """The attributes of a logical tensor that hold the tensors of its storage besides ``buf``."""
-    names = ["positions"] * layout.positions + ["table"] * layout.turned + prefix_names(layout)
+    """The attributes of a logical tensor that hold the tensors of its storage: what a compiled graph sees of it."""
+    names = ["buf"] + ["positions"] * layout.positions + ["table"] * layout.turned + prefix_names(layout)
+    if layout.ragged and layout.positions:
+        names += ["pages", "tails"]
     if layout.mixing is not None:
         numbers = range(len(layout.mixing.formats))
         names += [f"class{index}" for index in numbers]
@@ -155,11 +157,11 @@ def inner_names(layout: Layout) -> list[str]:
 
 def view(storage: Storage, start: int, end: int, logical: int) -> LogicalKV:
     """A logical tensor of length ``logical`` over slots ``start .. end``, marked dynamic for Dynamo."""
-    buf = storage.buf
-    size = (buf.shape[0], buf.shape[1], logical, storage.layout.format.head_dim)
+    layout = storage.layout
+    size = (storage.rows, storage.heads, logical, layout.format.head_dim)
     # A cache made under inference_mode may be used outside of it: its tensors are always ordinary ones.
     with torch.inference_mode(False):
-        kv = LogicalKV(storage.layout, buf, storage.inner, size)
+        kv = LogicalKV(layout, storage.inner, size)
     kv.physical, kv.start, kv.end, kv.age = storage, start, end, len(storage.cuts)
     kv.generation = storage.generation
     storage.views[id(kv)] = kv
@@ -184,6 +186,11 @@ def compress(
     logical = n if logical is None else logical
     kept = 0 if layout.format.kind == "empty" else n
     return view(store(layout, tokens, logical, positions, table), 0, kept, logical)
+
+
+def _pruning(layout: Layout) -> str:
+    """By what tokens of a layout were dropped."""
+    return "pruned" if layout.eviction is None else type(layout.eviction).__name__
 
 
 def live(kv: LogicalKV) -> Storage:
@@ -268,8 +275,8 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
     if storage.layout.pruned:
         if lo or hi < storage.contiguous_from:
             raise EvictedTokensError(
-                f"asked to crop a pruned KV cache to columns {lo}..{hi}; its first {storage.contiguous_from} columns "
-                "were pruned together and cannot be cut apart"
+                f"asked to crop a KV cache to columns {lo}..{hi}; its first {storage.contiguous_from} columns were "
+                f"pruned together and cannot be cut apart ({_pruning(storage.layout)})"
             )
         return _aged(kv, view(storage, kv.start, kv.end - (size - hi), hi))
     if storage.prefixes and (lo or hi < storage.offset):

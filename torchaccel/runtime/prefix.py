@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def take_rows(storage: Storage, start: int, end: int, age: int, rows: Tensor) ->
     copied, and ``storage`` is read-only while they do. Prefixes stay shared where the rows taken still lie in equal
     groups. Everything else is copied; ``Storage.unshared`` of the copy says why, where sharing was to be expected.
     """
-    batch = storage.buf.shape[0]
+    batch = storage.rows
     times = _times(rows, batch)
     problem = None
     if times > 1 and end - start >= MIN_TOKENS:
@@ -76,21 +74,8 @@ def flatten(storage: Storage, columns: int, age: int, rows: Tensor | None = None
 
 def moved(storage: Storage, device: torch.device) -> Storage:
     """A copy of the storage, and of its prefixes, on another device."""
-
-    def move(part: Storage, prefixes: tuple[Prefix, ...] = ()) -> Storage:
-        slots = None if part.positions is None else part.positions.to(device)
-        factors = None if part.layout.factors is None else part.layout.factors.to(device)
-        layout = replace(part.layout, factors=factors)
-        table = None if part.table is None else part.table.to(device)
-        new = Storage(layout, part.buf.to(device), part.filled, slots, part.contiguous_from, prefixes, table)
-        new.classes = tuple(move(of_class) for of_class in part.classes)
-        new.scale = None if part.scale is None else part.scale.to(device)
-        if part.record is not None:
-            state = {name: x.to(device) for name, x in part.record.state.items()}
-            new.record = replace(part.record, state=state)
-        return new
-
-    return move(storage, tuple(Prefix(move(prefix.storage), prefix.tokens) for prefix in storage.prefixes))
+    prefixes = tuple(Prefix(prefix.storage.moved(device), prefix.tokens) for prefix in storage.prefixes)
+    return storage.moved(device, prefixes)
 
 
 @torch.inference_mode(False)

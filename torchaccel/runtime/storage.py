@@ -48,6 +48,11 @@ class Layout:
         """Whether tokens are embedded by their position when they are read, for which a storage has a rotary table."""
         return self.factors is not None and self.factors.rotary > 0
 
+    @property
+    def ragged(self) -> bool:
+        """Whether KV heads store different numbers of tokens, see ``RaggedStorage``."""
+        return self.eviction is not None and self.eviction.ragged
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -67,7 +72,7 @@ class Prefix:
     @property
     def entries(self) -> int:
         """Number of different prefixes: rows of the storage."""
-        return self.storage.buf.shape[0]
+        return self.storage.rows
 
 
 class Storage:
@@ -123,6 +128,16 @@ class Storage:
             torch._dynamo.maybe_mark_dynamic(positions, 2)
 
     @property
+    def rows(self) -> int:
+        """Batch size."""
+        return self.buf.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Number of KV heads."""
+        return self.buf.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated: tokens, columns, what a policy remembers, and what it has set aside on this device."""
         further = [*(self.record.state.values() if self.record else ()), self.positions, self.scale]
@@ -137,9 +152,9 @@ class Storage:
 
     @property
     def inner(self) -> dict[str, Tensor]:
-        """The tensors that a graph reads besides ``buf``, by the names of ``kv.inner_names``."""
+        """The tensors that a graph reads, by the names of ``kv.inner_names``."""
         table = None if self.table is None else self.table.buf
-        found = {"positions": self.positions, "table": table, "scale": self.scale}
+        found = {"buf": self.buf, "positions": self.positions, "table": table, "scale": self.scale}
         found |= {f"prefix{index}": prefix.storage.buf for index, prefix in enumerate(self.prefixes)}
         for index, part in enumerate(self.classes):
             found |= {f"class{index}": part.buf, f"places{index}": part.positions}
@@ -155,6 +170,14 @@ class Storage:
         """What memory is behind a row: the storages of its prefixes and classes, this one, and its table."""
         own: tuple[Storage | RotaryTable, ...] = (self,) if self.table is None else (self, self.table)
         return (*(prefix.storage for prefix in self.prefixes), *self.classes, *own)
+
+    def stored(self, start: int, end: int) -> int:
+        """Tokens that every row and head has of its prefixes, its classes and slots ``start .. end``."""
+        return self.offset + self.sorted + end - start
+
+    def lengths(self, start: int, end: int, logical: int) -> tuple[int, ...]:
+        """What kernels are told of slots ``start .. end`` of a sequence of ``logical`` columns."""
+        return start, end, logical - self.offset
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
@@ -275,7 +298,7 @@ class Storage:
         """
         fmt = self.layout.format
         pick = (lambda t: t) if batch is None else (lambda t: t.index_select(0, batch))
-        rows, heads = (self.buf.shape[0] if batch is None else batch.shape[0]), self.buf.shape[1]
+        rows, heads = (self.rows if batch is None else batch.shape[0]), self.heads
         # Whole quantised blocks are moved as they are: their codes must not be made anew.
         intact = self.intact(end, len(self.cuts) if age is None else age)
         base = start - start % fmt.block if fmt.is_blocked and intact else start
@@ -305,6 +328,22 @@ class Storage:
             aside = None if self.record.aside is None else self.record.aside.take(batch, self.filled - end)
             new.record = EvictionRecord(state, self.record.capacity, self.record.calls, aside)
         return new, start - base
+
+    def moved(self, device: torch.device, prefixes: tuple[Prefix, ...] = ()) -> Storage:
+        """A copy on another device; prefixes: there already."""
+        slots = None if self.positions is None else self.positions.to(device)
+        factors = None if self.layout.factors is None else self.layout.factors.to(device)
+        layout = replace(self.layout, factors=factors)
+        table = None if self.table is None else self.table.to(device)
+        classes = tuple(part.moved(device) for part in self.classes)
+        scale = None if self.scale is None else self.scale.to(device)
+        new = Storage(
+            layout, self.buf.to(device), self.filled, slots, self.contiguous_from, prefixes, table, classes, scale
+        )
+        if self.record is not None:
+            state = {name: x.to(device) for name, x in self.record.state.items()}
+            new.record = replace(self.record, state=state)
+        return new
 
 
 def grown(need: int) -> int:

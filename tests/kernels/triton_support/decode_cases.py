@@ -428,6 +428,8 @@ def _rebuilding(case: DecodeCase, columns: int, generator: torch.Generator) -> l
         return [None, None]
     size = case.kv_heads * case.key_rank
     projection = torch.randn(case.kv_heads, size, case.head_dim, generator=generator).to(DTYPES[case.dtype])
+    if case.turned == 0:
+        return [projection / size**0.5, None]
     angles = 7 * torch.randn(case.batch if case.new % 2 else 1, columns, case.turned, generator=generator)
     table = torch.nn.functional.pad(torch.stack([angles.cos(), angles.sin()]), (0, 0, 0, 5), value=torch.nan)
     return [projection / size**0.5, table]

@@ -27,6 +27,7 @@ def main(where: str, only: list[str]) -> None:
     from .linear_cases import LINEAR_CASES, run_linear_case
     from .merge_cases import MERGE_CASES, run_merge_case
     from .prefill_cases import PREFILL_CASES, run_prefill_case
+    from .ragged_cases import RAGGED_CASES, run_ragged_case
     from .selection_cases import (
         PROMPT_CASES,
         SELECTION_CASES,
@@ -41,6 +42,7 @@ def main(where: str, only: list[str]) -> None:
     device = torch.device("cuda" if where == "cuda" else "cpu")
     runs: list[tuple[str, Callable[[], str | None]]] = []
     runs += [(case.name, partial(run_decode_case, case, device)) for case in DECODE_CASES]
+    runs += [(case.name, partial(run_ragged_case, case, device)) for case in RAGGED_CASES]
     runs += [(case.name, partial(run_prefill_case, case, device)) for case in PREFILL_CASES]
     runs += [(case.name, partial(run_merge_case, case, device)) for case in MERGE_CASES]
     runs += [(case.name, partial(run_summary_case, case, device)) for case in SUMMARY_CASES]
