@@ -38,7 +38,11 @@ class Aside:
 
     def load(self, device: torch.device) -> tuple[Prompt, Tensor | None]:
         """The prompt with the last queries, on ``device``, and its columns."""
-        mine = (lambda x: x.to(device)) if self.rows is None else (lambda x: x[self.rows.to(x.device)].to(device))
+        rows = self.rows
+
+        def mine(x: Tensor) -> Tensor:
+            return (x if rows is None else x[rows.to(x.device)]).to(device)
+
         present = {name: getattr(self.prompt, name) for name in ("keys", "values", "valid", "ids", "images")}
         moved = {name: mine(x) for name, x in present.items() if x is not None}
         columns = None if self.columns is None else mine(self.columns)
