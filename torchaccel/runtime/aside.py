@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Aside:
             return (x if rows is None else x[rows.to(x.device)]).to(device)
 
         present = {name: getattr(self.prompt, name) for name in ("keys", "values", "valid", "ids", "images")}
-        moved = {name: mine(x) for name, x in present.items() if x is not None}
+        moved: dict[str, Any] = {name: mine(x) for name, x in present.items() if x is not None}
         columns = None if self.columns is None else mine(self.columns)
         return replace(self.prompt, queries=self.queries.to(device), **moved), columns
 
