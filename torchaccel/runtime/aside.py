@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,12 @@ class Aside:
     def load(self, device: torch.device) -> tuple[Prompt, Tensor | None]:
         """The prompt with the last queries, on ``device``, and its columns."""
         rows = self.rows
-        mine = (lambda x: x.to(device)) if rows is None else (lambda x: x[rows.to(x.device)].to(device))
+
+        def mine(x: Tensor) -> Tensor:
+            return (x if rows is None else x[rows.to(x.device)]).to(device)
+
         present = {name: getattr(self.prompt, name) for name in ("keys", "values", "valid", "ids", "images")}
-        moved = {name: mine(x) for name, x in present.items() if x is not None}
+        moved: dict[str, Any] = {name: mine(x) for name, x in present.items() if x is not None}
         columns = None if self.columns is None else mine(self.columns)
         return replace(self.prompt, queries=self.queries.to(device), **moved), columns
 
