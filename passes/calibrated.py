@@ -18,6 +18,11 @@ PIN = "#sha256="
 DIGITS = 16
 
 
+def is_missing(value: Any) -> bool:
+    """Whether an option names a plan by the path of a file that is not there."""
+    return isinstance(value, (str, Path)) and not Path(str(value).partition(PIN)[0]).expanduser().is_file()
+
+
 def load_plan(value: Any) -> Any:
     """The plan that an option names: a plan itself, or a path, which ``#sha256=<digest>`` may follow.
 

@@ -14,7 +14,7 @@ from torchaccel.capture import capture_tasks
 from torchaccel.entry_point import journal
 from torchaccel.errors import TuningError
 from torchaccel.options import resolve
-from torchaccel.passes.calibrated import load_plan
+from torchaccel.passes.calibrated import is_missing, load_plan
 from torchaccel.reporting import Journal, Report
 from torchaccel.tuning.cache import TuningCache, default_path
 from torchaccel.tuning.tuner import Effort, Progress, Summary, Tuner
@@ -40,7 +40,9 @@ def compile(model: Model, **options: Any) -> Model:
 def _with_plans(value: Any) -> Any:
     """Options with every plan as what it contains: Dynamo takes options of equal values for the same backend."""
     if isinstance(value, Mapping):
-        return {key: load_plan(item) if key == "plan" else _with_plans(item) for key, item in value.items()}
+        # A file that is not there was found in the bundle.
+        there = {key for key, item in value.items() if key == "plan" and not is_missing(item)}
+        return {key: load_plan(item) if key in there else _with_plans(item) for key, item in value.items()}
     return [_with_plans(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -17,7 +17,7 @@ from torchaccel.calibration.plan import CalibrationPlan
 from torchaccel.errors import OptionsError
 from torchaccel.methods import FAMILIES, names
 from torchaccel.passes.base import Method
-from torchaccel.passes.calibrated import load_plan, missing_plan, needs_plan
+from torchaccel.passes.calibrated import is_missing, load_plan, missing_plan, needs_plan
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -185,7 +185,7 @@ def _method(family: str, value: Any, where: str, bundled: bool) -> Method:
         if key not in fields:
             raise _unknown(f"parameter of {family} method {method.name!r}", key, fields)
     if isinstance(parameters.get("plan"), (str, Path)):
-        if bundled and not Path(parameters["plan"]).expanduser().is_file():
+        if bundled and is_missing(parameters["plan"]):
             del parameters["plan"]  # a deployment needs no file besides its bundle
         else:
             parameters["plan"] = load_plan(parameters["plan"])

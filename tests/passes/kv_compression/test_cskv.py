@@ -136,7 +136,7 @@ def test_continuing_cropping_and_rows(plan):
             for at, end in chunks:
                 out = model(ids[:, at:end], past_key_values=cache, use_cache=True)
             if crop:
-                cache.crop(crop)
+                cache.crop(crop - chunks[-1][1])
                 out = model(ids[:, crop : crop + 1], past_key_values=cache, use_cache=True)
             if rows is not None:
                 for layer in cache.layers:
@@ -191,7 +191,7 @@ def test_no_factors_of_that_rank_reconstruct_better():
     tokens = torch.randn(200, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     basis = basis_of(tokens.T @ tokens, 5)
     best = (tokens - tokens @ basis.T @ basis).square().sum()
-    encode = torch.nn.Parameter(basis.T + 0.1 * torch.randn(12, 5, dtype=torch.float64))
+    encode = torch.nn.Parameter((basis.T + 0.1 * torch.randn(12, 5, dtype=torch.float64)).contiguous())
     decode = torch.nn.Parameter(basis + 0.1 * torch.randn(5, 12, dtype=torch.float64))
     optimiser = torch.optim.LBFGS([encode, decode], max_iter=200, line_search_fn="strong_wolfe")
 
