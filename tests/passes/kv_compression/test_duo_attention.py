@@ -118,5 +118,5 @@ def test_what_stays_of_a_prompt():
 
 def test_heads_that_do_not_exist_are_declined():
     _, fast = compiled("llama", options=duo({0: (7,)}))
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="DeclinedError.*KV head 7 of 2"):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"DeclinedError.*KV head 7 of 2"):
         greedy(fast, prompt(1, 20), 2)
