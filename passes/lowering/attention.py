@@ -410,6 +410,8 @@ class AttentionLowering:
 
     def _shape(self, site: AttentionSite, tokens: int) -> AttentionShape:
         batch, _, queries, _ = (_size(size) for size in _fake(site.q).shape)
+        # A turn may be longer than what is stored before it; it sees itself.
+        tokens = max(tokens, queries)
         return AttentionShape(batch, site.kv_heads, queries, tokens, sites=len(self.context.anatomy.attentions))
 
     def _note(self, site: AttentionSite, choice: Plan, shape: AttentionShape, layout: str, plan: SitePlan) -> None:
