@@ -13,7 +13,8 @@ from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .shared_prefix import Level
-from .spec import AttentionSpec, LinearSpec
+from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
+from .spec import AttentionSpec, LinearSpec, dtype_name
 
 # Output, log-sum-exp, mass.
 Results = tuple[Tensor, Tensor, Tensor]
@@ -33,6 +34,8 @@ _SCHEMAS = {
     "str plan) -> (Tensor, Tensor, Tensor)",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
     "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
+    "sparse_mlp": "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? neurons, str activation) -> Tensor",
+    "threshold_linear": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] thresholds) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
     "Tensor? channels, str spec) -> ()",
     "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str spec) -> Tensor",
@@ -57,6 +60,8 @@ def library() -> torch.library.Library:
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
         lib.impl("fused_rows", _fused_rows, key)
+        lib.impl("sparse_mlp", _sparse_mlp, key)
+        lib.impl("threshold_linear", _threshold_linear, key)
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
@@ -66,6 +71,8 @@ def library() -> torch.library.Library:
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
+    torch.library.register_fake("torchaccel::sparse_mlp", _sparse_mlp_fake, lib=lib)
+    torch.library.register_fake("torchaccel::threshold_linear", _threshold_linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
     torch.library.register_fake("torchaccel::select_blocks", _select_blocks_fake, lib=lib)
     torch.library.register_fake("torchaccel::select_prompt_blocks", _select_prompt_blocks_fake, lib=lib)
@@ -82,6 +89,16 @@ def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
 @lru_cache(maxsize=4096)
 def _fused_run(spec: str, device: str) -> Any:
     return registry.fused(FusedSpec.from_key(spec), device).run
+
+
+@lru_cache(maxsize=4096)
+def _sparse_mlp_run(dtype: torch.dtype, rows: int, activation: Any, device: str) -> Any:
+    return registry.sparse_mlp(SparseMlpSpec(dtype_name(dtype), rows, activation), device).run
+
+
+@lru_cache(maxsize=4096)
+def _threshold_linear_run(dtype: torch.dtype, rows: int, bias: bool, device: str) -> Any:
+    return registry.threshold_linear(ThresholdLinearSpec(dtype_name(dtype), rows, bias), device).run
 
 
 @lru_cache(maxsize=4096)
@@ -206,6 +223,20 @@ def _fused_rows(inputs: list[Tensor], spec: str) -> list[Tensor]:
     return _fused_run(spec, inputs[0].device.type)(inputs)
 
 
+def _sparse_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, neurons: Tensor | None, activation: str) -> Tensor:
+    rows = x.numel() // max(x.shape[-1], 1)
+    out: Tensor = _sparse_mlp_run(x.dtype, rows, activation, x.device.type)(x, gate, up, down, neurons)
+    return out
+
+
+def _threshold_linear(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], thresholds: list[Tensor]
+) -> list[Tensor]:
+    rows = x.numel() // max(x.shape[-1], 1)
+    bias = biases.count(None) < len(biases)
+    return _threshold_linear_run(x.dtype, rows, bias, x.device.type)(x, weights, biases, thresholds)
+
+
 def _summarise_keys(
     k_new: Tensor, summary: Tensor, sums: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
 ) -> None:
@@ -248,6 +279,14 @@ def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
 
 def _fused_fake(inputs: list[Tensor], spec: str) -> list[Tensor]:
     return [inputs[0].new_empty(out.shape) for out in FusedSpec.from_key(spec).outputs]
+
+
+def _sparse_mlp_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _threshold_linear_fake(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], w.shape[1])) for w in weights]
 
 
 def _select_blocks_fake(

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import fused_reference, kv_format, reference, rotation, selection_reference
+from . import fused_reference, kv_format, reference, rotation, selection_reference, sparse_reference
 from .candidates import Candidate, build
 from .fused_spec import FusedSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
+from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
 
 # What writes the kernels of a device type: the folder of its modules.
@@ -35,6 +36,18 @@ class Choice:
 def linear(spec: LinearSpec, device: str) -> Choice:
     """The implementation of a few-row linear layer."""
     return _generated("linear", "linear", spec, device, reference.linear)
+
+
+@lru_cache(maxsize=256)
+def sparse_mlp(spec: SparseMlpSpec, device: str) -> Choice:
+    """The implementation of a few-row MLP over some of its neurons."""
+    return _generated("sparse_mlp", "sparse_mlp", spec, device, partial(sparse_reference.sparse_mlp, spec))
+
+
+@lru_cache(maxsize=256)
+def threshold_linear(spec: ThresholdLinearSpec, device: str) -> Choice:
+    """The implementation of a few-row linear layer that skips small inputs."""
+    return _generated("threshold_linear", "threshold_linear", spec, device, sparse_reference.threshold_linear)
 
 
 @lru_cache(maxsize=1024)
