@@ -36,6 +36,8 @@ def main(where: str, only: list[str]) -> None:
         run_summary_case,
     )
 
+    from .sparse_cases import SPARSE_MLP_CASES, THRESHOLD_CASES, run_sparse_mlp_case, run_threshold_case
+
     # Results are allocated full of NaN, so that what a kernel forgets to write is seen.
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda" if where == "cuda" else "cpu")
@@ -48,6 +50,8 @@ def main(where: str, only: list[str]) -> None:
     runs += [(case.name, partial(run_prompt_case, case, device)) for case in PROMPT_CASES]
     runs += [(case.name, partial(run_fused_case, case, device)) for case in FUSED_CASES]
     runs += [(case.name, partial(run_linear_case, case, device)) for case in LINEAR_CASES]
+    runs += [(case.name, partial(run_sparse_mlp_case, case, device)) for case in SPARSE_MLP_CASES]
+    runs += [(case.name, partial(run_threshold_case, case, device)) for case in THRESHOLD_CASES]
     for name, run in runs:
         if only and name not in only:
             continue
