@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kv_format, registry, shared_prefix
 from .fused_spec import FusedSpec
+from .gather_spec import GatherSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .shared_prefix import Level
@@ -34,6 +35,7 @@ _SCHEMAS = {
     "str plan) -> (Tensor, Tensor, Tensor)",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
     "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
+    "gather_tokens": "(Tensor[] inputs, Tensor index, str spec) -> Tensor[]",
     "sparse_mlp": "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? neurons, str activation) -> Tensor",
     "threshold_linear": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] thresholds) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
@@ -60,6 +62,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
         lib.impl("fused_rows", _fused_rows, key)
+        lib.impl("gather_tokens", _gather_tokens, key)
         lib.impl("sparse_mlp", _sparse_mlp, key)
         lib.impl("threshold_linear", _threshold_linear, key)
         lib.impl("summarise_keys", _summarise_keys, key)
@@ -71,6 +74,7 @@ def library() -> torch.library.Library:
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
+    torch.library.register_fake("torchaccel::gather_tokens", _gather_tokens_fake, lib=lib)
     torch.library.register_fake("torchaccel::sparse_mlp", _sparse_mlp_fake, lib=lib)
     torch.library.register_fake("torchaccel::threshold_linear", _threshold_linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
@@ -89,6 +93,11 @@ def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
 @lru_cache(maxsize=4096)
 def _fused_run(spec: str, device: str) -> Any:
     return registry.fused(FusedSpec.from_key(spec), device).run
+
+
+@lru_cache(maxsize=4096)
+def _gather_run(spec: str, device: str) -> Any:
+    return registry.gather_tokens(GatherSpec.from_key(spec), device).run
 
 
 @lru_cache(maxsize=4096)
@@ -223,6 +232,10 @@ def _fused_rows(inputs: list[Tensor], spec: str) -> list[Tensor]:
     return _fused_run(spec, inputs[0].device.type)(inputs)
 
 
+def _gather_tokens(inputs: list[Tensor], index: Tensor, spec: str) -> list[Tensor]:
+    return _gather_run(spec, index.device.type)(inputs, index)
+
+
 def _sparse_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, neurons: Tensor | None, activation: str) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
     out: Tensor = _sparse_mlp_run(x.dtype, rows, activation, x.device.type)(x, gate, up, down, neurons)
@@ -279,6 +292,12 @@ def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
 
 def _fused_fake(inputs: list[Tensor], spec: str) -> list[Tensor]:
     return [inputs[0].new_empty(out.shape) for out in FusedSpec.from_key(spec).outputs]
+
+
+def _gather_tokens_fake(inputs: list[Tensor], index: Tensor, spec: str) -> list[Tensor]:
+    found = GatherSpec.from_key(spec)
+    shapes = [found.shape(item, x.shape, index.shape) for item, x in zip(found.items, inputs, strict=True)]
+    return [x.new_empty(shape) for x, shape in zip(inputs, shapes, strict=True)]
 
 
 def _sparse_mlp_fake(x: Tensor, *_: Any) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import fused_reference, kv_format, reference, rotation, selection_reference, sparse_reference
+from . import fused_reference, gather_reference, kv_format, reference, rotation, selection_reference, sparse_reference
 from .candidates import Candidate, build
 from .fused_spec import FusedSpec
+from .gather_spec import GatherSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
@@ -56,9 +57,21 @@ def fused(spec: FusedSpec, device: str) -> Choice:
     return _generated("fused", "fused", spec, device, partial(fused_reference.fused, spec))
 
 
+@lru_cache(maxsize=256)
+def gather_tokens(spec: GatherSpec, device: str) -> Choice:
+    """The implementation of taking the same tokens of several tensors."""
+    stock = partial(gather_reference.gather_tokens, spec)
+    return _generated("gather_tokens", "gather_tokens", spec, device, stock)
+
+
 def fused_problem(spec: FusedSpec, device: str) -> str | None:
     """Why a fused program would run on the reference, in one line; None when a kernel can be generated for it."""
     return _module("fused", spec, device)[1]
+
+
+def gather_problem(spec: GatherSpec, device: str) -> str | None:
+    """Why tokens would be taken by the reference, in one line; None when a kernel can be generated for it."""
+    return _module("gather_tokens", spec, device)[1]
 
 
 @lru_cache(maxsize=256)

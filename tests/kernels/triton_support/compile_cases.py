@@ -18,6 +18,7 @@ from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec
 from torchaccel.kernels.triton import (
     decode_source,
     fused,
+    gather_tokens,
     merge,
     prompt_selection,
     row_sums,
@@ -42,6 +43,7 @@ from tests.kernels.fused_cases import between_attentions, layer_norm_mlp, packed
 
 from .decode_cases import DecodeCase
 from .fused_cases import FusedCase, add_norm
+from .gather_cases import GatherCase
 from .merge_cases import MergeCase
 from .prefill_cases import PrefillCase
 from .selection_cases import PromptCase, SelectionCase, SummaryCase
@@ -60,6 +62,7 @@ Case = (
     | FusedCase
     | SparseMlpCase
     | ThresholdCase
+    | GatherCase
 )
 
 
@@ -212,6 +215,7 @@ def _variant_cases() -> Iterator[CompileCase]:
             yield CompileCase(f"{name}-{family}", kernel, family, choice)
         for name, (phase, program) in _FUSED.items():
             yield CompileCase(f"{name}-{family}", f"phase_{phase}", family, program)
+        yield CompileCase(f"gather-{family}", "gather", family, GatherCase(""))
         for name, (kernel, part) in _SPARSE.items():
             yield CompileCase(f"{name}-{family}", kernel, family, part)
     for name, (kernel, family, choice) in _SLOW_SELECTIONS.items():
@@ -352,6 +356,15 @@ def _threshold(kernel: str, case: ThresholdCase, family: str) -> tuple[Any, dict
     return fn, types, constants, threshold_linear.WARPS, threshold_linear.STAGES
 
 
+def _gather(case: GatherCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    spec = case.spec()
+    fn = load(gather_tokens.generate(spec), "gather_tokens").gather
+    types = dict.fromkeys(fn.arg_names, "i32") | {"index": "*i64"}
+    for i, item in enumerate(spec.items):
+        types |= dict.fromkeys((f"x{i}", f"y{i}"), f"*{'u8' if item.width == 1 else f'i{8 * item.width}'}")
+    return fn, types, {"BC": gather_tokens.COLUMNS}, 4, 3
+
+
 def _described(item: CompileCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
     """The kernel of a case, the types of its arguments, its constants, warps and stages."""
     kernel, case, family = item.kernel, item.case, item.family
@@ -367,6 +380,8 @@ def _described(item: CompileCase) -> tuple[Any, dict[str, str], dict[str, Any], 
         return _selection(kernel, case)
     if isinstance(case, PromptCase):
         return _prompt_selection(kernel, case)
+    if isinstance(case, GatherCase):
+        return _gather(case)
     if isinstance(case, SparseMlpCase):
         return _sparse_mlp(kernel, case, family)
     if isinstance(case, ThresholdCase):
