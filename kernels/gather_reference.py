@@ -12,7 +12,7 @@ from .gather_spec import GatherSpec, TokenItem
 
 
 def gather_tokens(spec: GatherSpec, inputs: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """The tokens ``index`` int64 ``[B, K]`` of every input, contiguous. Raises ``IndexError`` for tokens not there."""
+    """The tokens ``index`` int64 ``[B, K]`` of every input, contiguous; all of them must exist."""
     results = []
     for item, x in zip(spec.items, inputs, strict=True):
         for dim in range(item.dim, item.dim + 1 + item.square):

@@ -23,8 +23,9 @@ class TokenItem:
 class GatherSpec:
     """Tokens ``index`` int64 ``[B, K]`` of every item: ``out[b, .., k, ..] = x[b, .., index[b, k], ..]``.
 
-    Items have as many tokens each, which negative numbers count from the end. With B above 1 the first dimension of an item is the batch, of B rows or of one for all of them; else every row of
-    its leading dimensions gets the same tokens. Results are contiguous, and have the bits of their items.
+    Items have as many tokens each, which negative numbers count from the end. With B above 1 the first dimension of an
+    item is the batch, of B rows or of one for all of them; else every row of its leading dimensions gets the same
+    tokens. Results are contiguous, and have the bits of their items.
     """
 
     items: tuple[TokenItem, ...]

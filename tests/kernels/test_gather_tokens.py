@@ -49,8 +49,6 @@ def test_a_token_that_does_not_exist_is_an_error(token: int) -> None:
     index[1, 2] = token
     with pytest.raises(RuntimeError, match=f"token {token} is asked for"):
         gather_tokens.gather_tokens(SPEC)(inputs, index)
-    with pytest.raises((IndexError, RuntimeError)):
-        gather_reference.gather_tokens(SPEC, inputs, index)
 
 
 @needs_compiler
@@ -58,7 +56,7 @@ def test_errors_name_what_was_found() -> None:
     assert "found [16]" in (gather_tokens.supports(GatherSpec((TokenItem(1, 16),))) or "")
     inputs, index = gather_case(3, 42, 5)
     run = gather_tokens.gather_tokens(SPEC)
-    with pytest.raises(ValueError, match="int64 .*; found torch.int32"):
+    with pytest.raises(ValueError, match=r"int64 .*; found torch.int32"):
         run(inputs, index.int())
     with pytest.raises(ValueError, match=r"1 or 2 rows; found \[3, 42, 33\]"):
         run(inputs, index[:2])

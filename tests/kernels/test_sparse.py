@@ -1,4 +1,4 @@
-"""MLPs over some of their neurons, and linear layers above a threshold: C++ against the reference, and the operators."""
+"""MLPs over some neurons, and linear layers above a threshold: C++ against the reference, and the operators."""
 
 from __future__ import annotations
 
@@ -170,11 +170,11 @@ def test_errors_name_what_was_found() -> None:
     w, x = weights("bfloat16", 64, 42), numbers("bfloat16", 2, 64)
     with pytest.raises(ValueError, match="at most 8 rows; found 9"):
         mlp(numbers("bfloat16", 9, 64), *w)
-    with pytest.raises(ValueError, match="contiguous rows; found torch.bfloat16 .*64, 42"):
+    with pytest.raises(ValueError, match=r"contiguous rows; found torch.bfloat16 .*64, 42"):
         mlp(x, w[0], w[1], w[2].T)
     with pytest.raises(ValueError, match=r"int32 \[1 or 2, K\]; found torch.int64"):
         mlp(x, *w, torch.zeros(1, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="x in bfloat16; found torch.float32"):
+    with pytest.raises(ValueError, match=r"x in bfloat16; found torch.float32"):
         mlp(x.float(), *w)
     layer = threshold_linear.threshold_linear(ThresholdLinearSpec("bfloat16", 8, True))
     with pytest.raises(ValueError, match="contiguous bfloat16 weights"):

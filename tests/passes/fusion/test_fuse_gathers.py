@@ -153,7 +153,7 @@ def test_a_residual_that_only_the_gather_reads_is_inductors() -> None:
     module, step, _ = fused(found)
     (group,) = step.groups
     assert calls(module, torch.take_along_dim) == 1 and group.kernel.count(", ") == 1
-    assert [kernel.count(", ") for kernel, _ in group.lost] == [2] or not group.lost
+    assert group.lost[0][0].endswith(", add") and group.lost[0][1] < group.saved_microseconds
     assert all(torch.equal(a, b) for a, b in zip(found.run(module), found.outputs, strict=True))
 
 
@@ -166,17 +166,19 @@ def test_what_saves_no_time_is_inductors() -> None:
     assert not step.groups and "nothing measured" in result.detail
 
 
-@pytest.mark.parametrize("padding", [(), (0, 8)])
-def test_a_pruned_prompt_has_the_same_bits(padding: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """FastV's prompt through Inductor, with its gathers in one kernel and without; one graph for all lengths."""
+@pytest.mark.parametrize(("padding", "lengths"), [((), (41,)), ((0, 8), (41, 42, 123))])
+def test_a_pruned_prompt_has_the_same_bits(
+    padding: tuple[int, ...], lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastV's prompt through Inductor, with its gathers in one kernel and without: no graph more for it."""
     options = {"token_pruning": {"method": "fastv", "keep": 0.5, "layer": 2}}
-    results = []
+    results, graphs = [], []
     for rates in (None, FREE):
         monkeypatch.setattr(Backend, "_rates", lambda *_, rates=rates: rates)
         torch._dynamo.reset()
-        _, fast = compiled("llama", layers=4, options=options)
+        _, fast = compiled("llama", layers=3, options=options)
         found = []
-        for length in (41, 42, 123):
+        for length in lengths:
             inputs = prompt(len(padding) or 1, length, padding=padding, seed=length)
             if not padding:
                 del inputs["attention_mask"]
@@ -188,6 +190,6 @@ def test_a_pruned_prompt_has_the_same_bits(padding: tuple[int, ...], monkeypatch
         report = torchaccel.report(fast)
         grouped = [group for record in report.records for group in record.groups if group.kernel.startswith("gather")]
         assert bool(grouped) == (rates is not None)
-        assert len(report.records) <= 2
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        graphs.append(len(report.records))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and graphs[0] == graphs[1]
     assert "gather" in str(report) and f"fusion, {report.records[-1].phase}" in str(report)
