@@ -1,4 +1,4 @@
-"""The GPU cases of fused rows and few-row linear layers, next to the same in stock operators compiled by Inductor."""
+"""The GPU cases of fused rows, few-row layers, whole and in part, and gathers, next to the same in stock operators."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from gpu_bench import Bench, compare
 from torch import Tensor
-from torchaccel.kernels import fused_reference, reference
+from torchaccel.kernels import fused_reference, gather_reference, reference, sparse_reference
 from torchaccel.kernels.fused_spec import Activation, Add, FusedSpec, Input, Linear, Multiply, Norm, Output
+from torchaccel.kernels.gather_spec import GatherSpec, TokenItem
+from torchaccel.kernels.sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from torchaccel.kernels.spec import LinearSpec
-from torchaccel.kernels.triton import fused, linear
+from torchaccel.kernels.triton import fused, gather_tokens, linear, sparse_mlp, threshold_linear
 
 WIDTH, HIDDEN, EPS = 4096, 14336, 1e-6
 
@@ -25,6 +27,12 @@ def cases(bench: Bench, batch: int, only: str) -> Iterator[dict[str, Any]]:
         yield {"kind": "rows_add_norm", "batch": 4096} | program(bench, add_norm(4096), stock_add_norm)
     if only in "rows_linear" and batch <= 16:
         yield {"kind": "rows_linear", "batch": batch} | products(bench, batch)
+    if only in "rows_sparse_mlp" and batch <= 16:
+        yield {"kind": "rows_sparse_mlp", "batch": batch} | half_of_the_neurons(bench, batch)
+    if only in "rows_threshold" and batch <= 16:
+        yield {"kind": "rows_threshold", "batch": batch} | half_of_the_inputs(bench)
+    if only in "rows_gather":
+        yield {"kind": "rows_gather", "batch": 1} | half_of_the_tokens(bench)
 
 
 def mlp(rows: int) -> FusedSpec:
@@ -82,6 +90,48 @@ def products(bench: Bench, rows: int) -> dict[str, Any]:
     ms = bench.ms(lambda: run(x, weights, none))
     line = {**agreement, **bench.roofline(ms, read=sum(w.nbytes for w in weights))}
     return line | {"stock_ms": bench.ms(lambda: [F.linear(x, w) for w in weights])}
+
+
+def half_of_the_neurons(bench: Bench, rows: int) -> dict[str, Any]:
+    """Check and time a gated MLP over half of its neurons."""
+    spec = SparseMlpSpec("bfloat16", rows, "silu")
+    gate, up, down = _numbers((HIDDEN, WIDTH), True), _numbers((HIDDEN, WIDTH), True), _numbers((WIDTH, HIDDEN), True)
+    weights = sparse_reference.by_neuron(gate, up, down)
+    neurons = torch.randperm(HIDDEN, device="cuda")[None, : HIDDEN // 2].int().sort().values
+    x, run = _numbers((rows, WIDTH)), sparse_mlp.sparse_mlp(spec)
+    expected = sparse_reference.sparse_mlp(spec, x.cpu(), *(w.cpu() for w in weights), neurons.cpu())
+    agreement = compare((run(x, *weights, neurons),), (expected,))
+    ms = bench.ms(lambda: run(x, *weights, neurons))
+    return {**agreement, **bench.roofline(ms, read=3 * gate.nbytes / 2)}
+
+
+def half_of_the_inputs(bench: Bench) -> dict[str, Any]:
+    """Check and time a down projection of one row that leaves out every input below the median."""
+    x, weight = _numbers((1, HIDDEN)), _numbers((HIDDEN, WIDTH), True)
+    threshold = x.float().abs().median().reshape(1)
+    run = threshold_linear.threshold_linear(ThresholdLinearSpec("bfloat16", 1, False))
+    expected = sparse_reference.threshold_linear(x.cpu(), [weight.cpu()], [None], [threshold.cpu()])
+    agreement = compare(tuple(run(x, [weight], [None], [threshold])), tuple(expected))
+    ms = bench.ms(lambda: run(x, [weight], [None], [threshold]))
+    return {**agreement, **bench.roofline(ms, read=weight.nbytes / 2)}
+
+
+def half_of_the_tokens(bench: Bench) -> dict[str, Any]:
+    """Check and time taking half of 4096 tokens of hidden states, a rotary table and a mask."""
+    tokens = 4096
+    spec = GatherSpec((TokenItem(1, 2), TokenItem(1, 2), TokenItem(2, 1, True)))
+    inputs = [_numbers((1, tokens, WIDTH)), _numbers((1, tokens, 128))]
+    inputs.append(_numbers((1, 1, tokens, tokens)) > 0)
+    index = torch.randperm(tokens, device="cuda")[None, : tokens // 2].sort().values
+    run = gather_tokens.gather_tokens(spec)
+    expected = gather_reference.gather_tokens(spec, [x.cpu() for x in inputs], index.cpu())
+    agreement = compare(tuple(run(inputs, index)), tuple(expected))
+    ms = bench.ms(lambda: run(inputs, index))
+    compiled = torch.compile(gather_reference.gather_tokens, dynamic=False)
+    moved = 2 * sum(x.nbytes for x in expected)
+    return {**agreement, **bench.roofline(ms, read=moved)} | {
+        "inductor_ms": bench.ms(lambda: compiled(spec, inputs, index))
+    }
 
 
 def _numbers(shape: tuple[int, ...], is_weight: bool = False) -> Tensor:

@@ -9,10 +9,11 @@ from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, Literal
 
-from . import composed, reference
+from . import composed, reference, sparse_reference
+from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import AttentionSpec, LinearSpec
 
-Spec = AttentionSpec | LinearSpec
+Spec = AttentionSpec | LinearSpec | SparseMlpSpec | ThresholdLinearSpec
 
 
 @dataclass(frozen=True, order=True)
@@ -39,8 +40,10 @@ class Candidate:
 
 
 def kernel_name(spec: Spec) -> str:
-    """The kernel that ``spec`` describes: "decode_attention", "prefill_attention" or "linear"."""
-    return "linear" if isinstance(spec, LinearSpec) else f"{spec.phase}_attention"
+    """The kernel that ``spec`` describes, such as "decode_attention" or "linear"."""
+    if isinstance(spec, AttentionSpec):
+        return f"{spec.phase}_attention"
+    return {LinearSpec: "linear", SparseMlpSpec: "sparse_mlp", ThresholdLinearSpec: "threshold_linear"}[type(spec)]
 
 
 def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
@@ -81,6 +84,10 @@ def build(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
             raise ValueError(f"'{candidate.implementation}' has no free choices; found {candidate.key()}")
         if isinstance(spec, LinearSpec):
             return reference.linear
+        if isinstance(spec, ThresholdLinearSpec):
+            return sparse_reference.threshold_linear
+        if isinstance(spec, SparseMlpSpec):
+            return partial(sparse_reference.sparse_mlp, spec)
         module = composed if candidate.implementation == "composed" else reference
         return partial(getattr(module, kernel), spec)
     module = _module(candidate.implementation, spec)
@@ -94,9 +101,13 @@ _MODULES = {
     ("cpp", "decode_attention"): ".cpp.attention",
     ("cpp", "prefill_attention"): ".cpp.window_prefill",
     ("cpp", "linear"): ".cpp.linear",
+    ("cpp", "sparse_mlp"): ".cpp.sparse_mlp",
+    ("cpp", "threshold_linear"): ".cpp.threshold_linear",
     ("triton", "decode_attention"): ".triton.decode_attention",
     ("triton", "prefill_attention"): ".triton.window_prefill",
     ("triton", "linear"): ".triton.linear",
+    ("triton", "sparse_mlp"): ".triton.sparse_mlp",
+    ("triton", "threshold_linear"): ".triton.threshold_linear",
 }
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from . import kv_format, mixed_precision, ragged, registry, shared_prefix
 from .fused_spec import FusedSpec
+from .gather_spec import GatherSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .shared_prefix import Level
-from .spec import AttentionSpec, LinearSpec
+from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
+from .spec import AttentionSpec, LinearSpec, dtype_name
 
 # Output, log-sum-exp, mass.
 Results = tuple[Tensor, Tensor, Tensor]
@@ -41,6 +43,9 @@ _SCHEMAS = {
     "str plan) -> (Tensor, Tensor, Tensor)",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
     "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
+    "gather_tokens": "(Tensor[] inputs, Tensor index, str spec) -> Tensor[]",
+    "sparse_mlp": "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? neurons, str activation) -> Tensor",
+    "threshold_linear": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] thresholds) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
     "Tensor? channels, str spec) -> ()",
     "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str spec) -> Tensor",
@@ -69,6 +74,9 @@ def library() -> torch.library.Library:
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("linear_rows", _linear_rows, key)
         lib.impl("fused_rows", _fused_rows, key)
+        lib.impl("gather_tokens", _gather_tokens, key)
+        lib.impl("sparse_mlp", _sparse_mlp, key)
+        lib.impl("threshold_linear", _threshold_linear, key)
         lib.impl("summarise_keys", _summarise_keys, key)
         lib.impl("select_blocks", _select_blocks, key)
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
@@ -87,6 +95,9 @@ def library() -> torch.library.Library:
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
+    torch.library.register_fake("torchaccel::gather_tokens", _gather_tokens_fake, lib=lib)
+    torch.library.register_fake("torchaccel::sparse_mlp", _sparse_mlp_fake, lib=lib)
+    torch.library.register_fake("torchaccel::threshold_linear", _threshold_linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::summarise_keys", lambda *_: None, lib=lib)
     torch.library.register_fake("torchaccel::extend_rotary", lambda *_: None, lib=lib)
     torch.library.register_fake("torchaccel::select_blocks", _select_blocks_fake, lib=lib)
@@ -104,6 +115,21 @@ def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
 @lru_cache(maxsize=4096)
 def _fused_run(spec: str, device: str) -> Any:
     return registry.fused(FusedSpec.from_key(spec), device).run
+
+
+@lru_cache(maxsize=4096)
+def _gather_run(spec: str, device: str) -> Any:
+    return registry.gather_tokens(GatherSpec.from_key(spec), device).run
+
+
+@lru_cache(maxsize=4096)
+def _sparse_mlp_run(dtype: torch.dtype, rows: int, activation: Any, device: str) -> Any:
+    return registry.sparse_mlp(SparseMlpSpec(dtype_name(dtype), rows, activation), device).run
+
+
+@lru_cache(maxsize=4096)
+def _threshold_linear_run(dtype: torch.dtype, rows: int, bias: bool, device: str) -> Any:
+    return registry.threshold_linear(ThresholdLinearSpec(dtype_name(dtype), rows, bias), device).run
 
 
 @lru_cache(maxsize=4096)
@@ -283,6 +309,24 @@ def _fused_rows(inputs: list[Tensor], spec: str) -> list[Tensor]:
     return _fused_run(spec, inputs[0].device.type)(inputs)
 
 
+def _gather_tokens(inputs: list[Tensor], index: Tensor, spec: str) -> list[Tensor]:
+    return _gather_run(spec, index.device.type)(inputs, index)
+
+
+def _sparse_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, neurons: Tensor | None, activation: str) -> Tensor:
+    rows = x.numel() // max(x.shape[-1], 1)
+    out: Tensor = _sparse_mlp_run(x.dtype, rows, activation, x.device.type)(x, gate, up, down, neurons)
+    return out
+
+
+def _threshold_linear(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], thresholds: list[Tensor]
+) -> list[Tensor]:
+    rows = x.numel() // max(x.shape[-1], 1)
+    bias = biases.count(None) < len(biases)
+    return _threshold_linear_run(x.dtype, rows, bias, x.device.type)(x, weights, biases, thresholds)
+
+
 def _summarise_keys(
     k_new: Tensor, summary: Tensor, sums: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
 ) -> None:
@@ -325,6 +369,20 @@ def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
 
 def _fused_fake(inputs: list[Tensor], spec: str) -> list[Tensor]:
     return [inputs[0].new_empty(out.shape) for out in FusedSpec.from_key(spec).outputs]
+
+
+def _gather_tokens_fake(inputs: list[Tensor], index: Tensor, spec: str) -> list[Tensor]:
+    found = GatherSpec.from_key(spec)
+    shapes = [found.shape(item, x.shape, index.shape) for item, x in zip(found.items, inputs, strict=True)]
+    return [x.new_empty(shape) for x, shape in zip(inputs, shapes, strict=True)]
+
+
+def _sparse_mlp_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _threshold_linear_fake(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], w.shape[1])) for w in weights]
 
 
 def _select_blocks_fake(

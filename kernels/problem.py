@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format
+from . import kv_format, sparse_reference
 from .candidates import Spec
+from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import DTYPES, AttentionSpec, KVFormat, LinearSpec
 
 # Scores of this standard deviation let a few keys carry much of the weight: a kernel that skips or repeats one is off
@@ -25,11 +26,16 @@ def make(spec: Spec, shape: Mapping[str, int], device: torch.device, seed: int) 
     """Arguments of the reference of ``spec``, behind the spec, on ``device``; equal seeds, equal values.
 
     shape: B, H_kv, Q, S for decode, where S counts the tokens attended, the Q new ones included; B, H_kv, S for
-    prefill; M, K, N for linear. Unused slots of buffers are NaN. Raises ``ValueError`` for a shape that lacks a symbol.
+    prefill; M, K, N for linear layers, and for MLPs, where N counts neurons, half of which are listed. Unused slots of
+    buffers are NaN. Raises ``ValueError`` for a shape that lacks a symbol.
     """
     generator = torch.Generator(device).manual_seed(seed)
     if isinstance(spec, LinearSpec):
         return _linear(spec, generator, *_sizes(shape, "M", "K", "N"))
+    if isinstance(spec, SparseMlpSpec):
+        return _sparse_mlp(spec, generator, *_sizes(shape, "M", "K", "N"))
+    if isinstance(spec, ThresholdLinearSpec):
+        return _threshold_linear(spec, generator, *_sizes(shape, "M", "K", "N"))
     if spec.phase == "prefill":
         return _prefill(spec, generator, *_sizes(shape, "B", "H_kv", "S"))
     return _decode(spec, generator, *_sizes(shape, "B", "H_kv", "Q", "S"))
@@ -71,7 +77,7 @@ def tolerances(spec: Spec, device: torch.device) -> list[float]:
     Stored codes may differ by one.
     """
     exact = {"float32": 1e-4 if device.type == "cpu" else 3e-3, "bfloat16": 2e-2, "float16": 4e-3}[spec.dtype]
-    if isinstance(spec, LinearSpec):
+    if not isinstance(spec, AttentionSpec):
         return [exact]
     quantised = spec.key_format.is_quantised or spec.value_format.is_quantised
     found = [exact * (2 if quantised else 1)] * (1 + spec.lse + spec.mass)
@@ -118,6 +124,21 @@ def _linear(spec: LinearSpec, generator: torch.Generator, m: int, k: int, n: int
     dtype = DTYPES[spec.dtype]
     bias = _normal(dtype, generator, n) if spec.bias else None
     return _normal(dtype, generator, m, k), [_normal(dtype, generator, n, k)], [bias]
+
+
+def _sparse_mlp(spec: SparseMlpSpec, generator: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
+    dtype = DTYPES[spec.dtype]
+    gate, up = (_normal(dtype, generator, n, k) / k**0.5 for _ in range(2))
+    weights = sparse_reference.by_neuron(gate, up, _normal(dtype, generator, k, n))
+    half = torch.randperm(n, generator=generator, device=generator.device)[None, : -(-n // 2)]
+    return _normal(dtype, generator, m, k), *weights, half.int()
+
+
+def _threshold_linear(spec: ThresholdLinearSpec, generator: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
+    dtype = DTYPES[spec.dtype]
+    bias = _normal(dtype, generator, n) if spec.bias else None
+    threshold = torch.full((1,), 0.67, device=generator.device)  # half of what is normal
+    return _normal(dtype, generator, m, k), [_normal(dtype, generator, k, n)], [bias], [threshold]
 
 
 def _prefill(spec: AttentionSpec, generator: torch.Generator, batch: int, heads: int, tokens: int) -> tuple[Any, ...]:

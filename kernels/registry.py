@@ -11,11 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from . import fused_reference, kv_format, reference, rotary, rotation, selection_reference
+from . import (
+    fused_reference,
+    gather_reference,
+    kv_format,
+    reference,
+    rotary,
+    rotation,
+    selection_reference,
+    sparse_reference,
+)
 from .candidates import Candidate, build
 from .fused_spec import FusedSpec
+from .gather_spec import GatherSpec
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
+from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
 
 # What writes the kernels of a device type: the folder of its modules.
@@ -37,15 +48,39 @@ def linear(spec: LinearSpec, device: str) -> Choice:
     return _generated("linear", "linear", spec, device, reference.linear)
 
 
+@lru_cache(maxsize=256)
+def sparse_mlp(spec: SparseMlpSpec, device: str) -> Choice:
+    """The implementation of a few-row MLP over some of its neurons."""
+    return _generated("sparse_mlp", "sparse_mlp", spec, device, partial(sparse_reference.sparse_mlp, spec))
+
+
+@lru_cache(maxsize=256)
+def threshold_linear(spec: ThresholdLinearSpec, device: str) -> Choice:
+    """The implementation of a few-row linear layer that skips small inputs."""
+    return _generated("threshold_linear", "threshold_linear", spec, device, sparse_reference.threshold_linear)
+
+
 @lru_cache(maxsize=1024)
 def fused(spec: FusedSpec, device: str) -> Choice:
     """The implementation of a fused program over a few rows, compiled."""
     return _generated("fused", "fused", spec, device, partial(fused_reference.fused, spec))
 
 
+@lru_cache(maxsize=256)
+def gather_tokens(spec: GatherSpec, device: str) -> Choice:
+    """The implementation of taking the same tokens of several tensors."""
+    stock = partial(gather_reference.gather_tokens, spec)
+    return _generated("gather_tokens", "gather_tokens", spec, device, stock)
+
+
 def fused_problem(spec: FusedSpec, device: str) -> str | None:
     """Why a fused program would run on the reference, in one line; None when a kernel can be generated for it."""
     return _module("fused", spec, device)[1]
+
+
+def gather_problem(spec: GatherSpec, device: str) -> str | None:
+    """Why tokens would be taken by the reference, in one line; None when a kernel can be generated for it."""
+    return _module("gather_tokens", spec, device)[1]
 
 
 @lru_cache(maxsize=256)

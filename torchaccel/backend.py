@@ -17,6 +17,7 @@ from torchaccel.errors import CacheMissError, CalibrationError, DeclinedError, O
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Reason, Status
 from torchaccel.passes.canonicalize.half_precision import upcast_half
+from torchaccel.passes.fusion.fuse_gathers import FuseGathers
 from torchaccel.passes.fusion.fuse_rows import FuseRows
 from torchaccel.passes.fusion.plan import Rates
 from torchaccel.passes.lowering.attention import AttentionLowering
@@ -127,9 +128,10 @@ class Backend:
         record.sites = lowered.sites
         _speak_of(lowered.declines, options.strict)
         if options.fusion:
-            fusion = FuseRows(self._rates(options, device))
-            record.passes.append(manager.apply(fusion, context))
-            record.groups = fusion.groups
+            rates, record.groups = self._rates(options, device), []
+            for fusion in (FuseRows(rates), FuseGathers(rates)):
+                record.passes.append(manager.apply(fusion, context))
+                record.groups += fusion.groups
         record.linear_layers = lower_linear(context.graph, device) + sum(group.linears for group in record.groups)
         # Last, because the kernels above take float16 as it is and compute in float32 themselves.
         upcast_half(context.graph)

@@ -13,7 +13,7 @@ from torchaccel.graph.layers import module_path
 from ..base import Fidelity, Pass, PassResult, RewriteContext
 from ..dead_code import remove_dead_code
 from .groups import Group
-from .plan import Candidate, Chosen, Rates, plan
+from .plan import Candidate, Chosen, R, Rates, plan
 from .rewrite import rewrite_group
 from .specs import spec_of
 
@@ -80,7 +80,7 @@ def describe(group: Group) -> str:
     return ", ".join(name if times == 1 else f"{times} {name}" for name, times in parts)
 
 
-def _described(chosen: Chosen) -> FusedGroup:
+def _described(chosen: Chosen[Group]) -> FusedGroup:
     candidate = chosen.candidate
     return FusedGroup(
         kernel=describe(candidate.group),
@@ -88,12 +88,13 @@ def _described(chosen: Chosen) -> FusedGroup:
         linears=candidate.group.linears,
         saved_bytes=candidate.saved_bytes,
         saved_launches=candidate.saved_launches,
-        saved_microseconds=_microseconds(candidate),
-        lost=tuple((describe(other.group), _microseconds(other)) for other in chosen.lost),
+        saved_microseconds=microseconds(candidate),
+        lost=tuple((describe(other.group), microseconds(other)) for other in chosen.lost),
     )
 
 
-def _microseconds(candidate: Candidate) -> float:
+def microseconds(candidate: Candidate[R]) -> float:
+    """What a candidate is predicted to save, for a report."""
     return round(1e6 * candidate.saved_seconds, 2)
 
 

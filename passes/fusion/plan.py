@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import networkx as nx
 from torch.fx import Graph, Node
@@ -23,48 +24,63 @@ class Rates:
 
     bytes_per_second: of memory. operator_seconds: a kernel called as an operator from a compiled graph. fork_seconds:
     the threads of a kernel waking, or meeting between two of its layers. loop_seconds: a loop that Inductor generates.
-    The defaults were measured on two cores of an EPYC 9005 (torch 2.13): 45 GB/s, 13 us, 2 us, 4 us.
+    scattered_seconds: what an element costs more in such a loop than in a kernel of ours, for all threads together,
+    where both its row and its column are looked up; 0 while nobody has measured it.
+    The other defaults were measured on two cores of an EPYC 9005 (torch 2.13): 45 GB/s, 13 us, 2 us, 4 us.
     """
 
     bytes_per_second: float = 45e9
     operator_seconds: float = 13e-6
     fork_seconds: float = 2e-6
     loop_seconds: float = 4e-6
+    scattered_seconds: float = 0.0
+
+
+class Run(Protocol):
+    """What stands at ``place .. place + size`` of a sequence of which runs are taken."""
+
+    @property
+    def place(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+R = TypeVar("R", bound=Run)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Generic[R]):
     """A legal group and what it is predicted to save: bytes of memory, launches, seconds."""
 
-    group: Group
+    group: R
     saved_bytes: int
     saved_launches: int
     saved_seconds: float
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Generic[R]):
     """A candidate that was taken, and the best of those that lost to it, best first."""
 
-    candidate: Candidate
-    lost: tuple[Candidate, ...]
+    candidate: Candidate[R]
+    lost: tuple[Candidate[R], ...]
 
 
-def plan(graph: Graph, device: str, rates: Rates) -> list[Chosen]:
+def plan(graph: Graph, device: str, rates: Rates) -> list[Chosen[Group]]:
     """The groups to fuse, in graph order.
 
     The runs taken of a chain do not overlap, so dynamic programming over the chain finds the best choice, exactly; what
     is in no run stays with Inductor and the few-row linear kernel. Runs that save nothing are not taken.
     """
     legality = Legality(graph, device)
-    found: list[Chosen] = []
+    found: list[Chosen[Group]] = []
     for chain in chains(graph):
         options = [score(run, chain, rates) for run in runs(chain) if legality.problem(run) is None]
-        found += _best(len(chain), [option for option in options if option.saved_seconds > 0])
+        found += best_runs(len(chain), [option for option in options if option.saved_seconds > 0])
     return found
 
 
-def score(group: Group, chain: Sequence[Atom], rates: Rates) -> Candidate:
+def score(group: Group, chain: Sequence[Atom], rates: Rates) -> Candidate[Group]:
     """What a group saves against its atoms run as they are without it.
 
     Without it, linear layers of one input are one operator, and neighbours among the rest of a chain one loop. Values
@@ -87,9 +103,9 @@ def score(group: Group, chain: Sequence[Atom], rates: Rates) -> Candidate:
     return Candidate(group, moved, launches, moved / rates.bytes_per_second + before - after)
 
 
-def _best(length: int, options: list[Candidate]) -> list[Chosen]:
-    """The choice of runs with the largest sum, and for each what lost to it."""
-    best: list[tuple[float, tuple[Candidate, ...]]] = [(0.0, ())]
+def best_runs(length: int, options: list[Candidate[R]]) -> list[Chosen[R]]:
+    """The choice of runs of ``length`` things with the largest sum, and for each what lost to it."""
+    best: list[tuple[float, tuple[Candidate[R], ...]]] = [(0.0, ())]
     for end in range(1, length + 1):
         found = best[end - 1]
         for option in options:
@@ -103,7 +119,7 @@ def _best(length: int, options: list[Candidate]) -> list[Chosen]:
     return [Chosen(one, tuple([o for o in ranked if _overlap(o, one)][:SHOWN])) for one in taken]
 
 
-def _overlap(a: Candidate, b: Candidate) -> bool:
+def _overlap(a: Candidate[R], b: Candidate[R]) -> bool:
     return a.group.place < b.group.place + b.group.size and b.group.place < a.group.place + a.group.size
 
 

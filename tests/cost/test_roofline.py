@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from torchaccel.kernels.candidates import Candidate
+from torchaccel.kernels.candidates import Candidate, Spec
+from torchaccel.kernels.sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from torchaccel.kernels.spec import AttentionSpec, KVFormat, LinearSpec
 
 from torchaccel.cost import symbols as s
@@ -152,6 +153,19 @@ def test_a_linear_layer_reads_its_weights_once() -> None:
     assert found.resident == 768 * 1280 * 2
     assert found.size == found.resident + 2 * (768 + 1280) * 2
     assert found.flops == 2 * 2 * 768 * 1280
+
+
+@pytest.mark.parametrize("spec", [SparseMlpSpec("bfloat16", 1, "silu"), ThresholdLinearSpec("bfloat16", 1, False)])
+def test_half_of_the_weights_are_half_of_the_bytes(spec: Spec) -> None:
+    whole = LinearShape(1, 4096, (14336,) * 3)
+    half = replace(whole, density=0.5)
+    every, some = (amounts(spec, Candidate("cpp"), shape, 2) for shape in (whole, half))
+    assert every.resident == 3 * 4096 * 14336 * 2 and some.resident == every.resident / 2
+    assert some.size == pytest.approx(every.size / 2, rel=1e-3) and some.flops == every.flops / 2
+    # Dense layers are read whole whatever a list says, and the reference copies what it reads.
+    dense = predict_ms(LinearSpec("bfloat16", 1, False), Candidate("cpp"), whole, CPU)
+    assert predict_ms(spec, Candidate("cpp"), half, CPU) < 0.6 * dense
+    assert predict_ms(spec, Candidate("reference"), half, CPU) > 2 * predict_ms(spec, Candidate("cpp"), half, CPU)
 
 
 @pytest.mark.parametrize("candidate", [Candidate("cpp"), Candidate("composed"), Candidate("reference")])

@@ -11,7 +11,7 @@ from tests.evaluation.schema import check_document
 from torchaccel.evaluation.suites.run import Suite, run_suite
 from torchaccel.evaluation.suites.table import suite_table
 
-TINY = Suite("cpu", decode=4096, prefill=512, prefix=256)
+TINY = Suite("cpu", decode=4096, prefill=512, prefix=256, mlp=256)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def test_every_scenario_is_in_the_document(found: dict[str, Any]) -> None:
     variants = {result["variant"] for result in found["results"]}
     assert {"sdpa@decode 4096", "torchaccel:int4@decode 4096", "torchaccel:pages@decode 4096"} <= variants
     assert {"torchaccel:blocks@prefill 512", "torchaccel:shared@shared prefix 256 x 16, group 3"} <= variants
+    assert {"torchaccel:half@mlp 256 x 1024", "torchaccel:threshold@mlp 256 x 1024"} <= variants
     assert all(result["status"] == "ok" and result["ms"]["median"] > 0 for result in found["results"])
 
 
@@ -39,7 +40,7 @@ def test_exact_kernels_are_as_close_to_float32_as_stock_ones(found: dict[str, An
 
 def test_goals_say_what_was_asked_and_reached(found: dict[str, Any]) -> None:
     goals = {r["variant"]: r["details"]["goals"] for r in found["results"] if r["details"]["goals"]}
-    assert len(goals) == 8
+    assert len(goals) == 10
     for (goal,) in goals.values():
         assert goal["ok"] == (goal["reached"] >= goal["asked"])
     console = Console(width=220, record=True)

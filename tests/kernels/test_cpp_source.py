@@ -12,11 +12,24 @@ import pytest
 import torch
 from torch._inductor import config
 from torchaccel.kernels import reference
-from torchaccel.kernels.cpp import append, attention, linear, prompt_selection, selection, summary, window_prefill
+from torchaccel.kernels.cpp import (
+    append,
+    attention,
+    gather_tokens,
+    linear,
+    prompt_selection,
+    selection,
+    sparse_mlp,
+    summary,
+    threshold_linear,
+    window_prefill,
+)
 from torchaccel.kernels.cpp import compile as toolchain
+from torchaccel.kernels.sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from torchaccel.kernels.spec import LinearSpec
 
 from tests.kernels.cpp_support.cases import SPECS, assert_same, inputs
+from tests.kernels.gather_cases import SPEC as GATHER_SPEC
 from tests.kernels.test_cpp_formats import DECODE
 from tests.kernels.test_cpp_prefill import SPECS as PREFILL_SPECS
 from tests.kernels.test_selection import SPECS as SELECTION_SPECS
@@ -31,6 +44,9 @@ SOURCES = {
     "decode_bf16_gear2": lambda: attention.source(DECODE["gear2"]),
     "prefill_bf16_window": lambda: window_prefill.source(PREFILL_SPECS["bf16_window"]),
     "linear_bf16_3": lambda: linear.source(LinearSpec("bfloat16", 1, False), 3),
+    "sparse_mlp_bf16": lambda: sparse_mlp.source(SparseMlpSpec("bfloat16", 1, "silu")),
+    "threshold_linear_f16_2": lambda: threshold_linear.source(ThresholdLinearSpec("float16", 8, True), 2),
+    "gather_tokens": lambda: gather_tokens.source(GATHER_SPEC),
     "append_int8_keys": lambda: append.source(SPECS["bf16_int8_bool"].key_format),
     "summary_bounds_bf16": lambda: summary.source(SELECTION_SPECS["bounds_bf16"].summary),
     "summary_mean_bf16": lambda: summary.source(SELECTION_SPECS["mean_bf16_softmax"].summary),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torchaccel.kernels import kv_format, problem, reference
-from torchaccel.kernels.candidates import Candidate, build
+from torchaccel.kernels.candidates import Candidate, build, candidates, kernel_name
+from torchaccel.kernels.sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from torchaccel.kernels.spec import AttentionSpec, KVFormat, LinearSpec
 
 CPU = torch.device("cpu")
@@ -43,10 +44,30 @@ SPECS = {
 }
 
 
+LAYERS = {
+    "linear": LinearSpec("float32", 2, True),
+    "sparse_mlp": SparseMlpSpec("float32", 2, "silu"),
+    "threshold_linear": ThresholdLinearSpec("float32", 2, True),
+}
+
+
 def outcome(spec: Any, shape: dict[str, int], seed: int) -> list[torch.Tensor]:
     """The reference's results on a fresh problem."""
     args = problem.make(spec, shape, CPU, seed)
     return problem.results(spec, build(spec, Candidate("reference"))(*args), args)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_have_problems_that_their_kernels_solve(name: str) -> None:
+    spec, shape = LAYERS[name], {"M": 2, "K": 123, "N": 42}
+    args = problem.make(spec, shape, CPU, 1)
+    assert kernel_name(spec) == name
+    first, again, other = (outcome(spec, shape, seed) for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0]) and first[0].isfinite().all()
+    if candidates(spec, "cpu")[0] == Candidate("cpp"):
+        (got,) = problem.results(spec, build(spec, Candidate("cpp"))(*args), args)
+        bound = problem.tolerances(spec, CPU)[0] * first[0].abs().max()
+        assert (got - first[0]).abs().max() <= bound
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -13,8 +13,10 @@ from torchaccel.kernels.triton.tiles import SHARED_LIMIT
 
 from tests.kernels.triton_support.compile_cases import CompileCase, compile_cases
 from tests.kernels.triton_support.fused_cases import FusedCase
+from tests.kernels.triton_support.gather_cases import GatherCase
 from tests.kernels.triton_support.process import errors_of, run_module
 from tests.kernels.triton_support.selection_cases import PromptCase, SelectionCase, SummaryCase
+from tests.kernels.triton_support.sparse_cases import SparseMlpCase, ThresholdCase
 
 pytest.importorskip("triton")
 
@@ -25,7 +27,9 @@ REGISTER_LIMIT = {"sm_80": 255, "sm_90": 255, "gfx942": 256}
 
 def spill_limit(case: CompileCase) -> int:
     """Bytes of stack a kernel may use: near-exact float32 products on tensor cores hold their operands twice."""
-    if isinstance(case.case, SelectionCase | PromptCase | SummaryCase | FusedCase):
+    if isinstance(
+        case.case, GatherCase | SelectionCase | PromptCase | SummaryCase | FusedCase | SparseMlpCase | ThresholdCase
+    ):
         # Exact float32 products run on the ordinary cores, whose registers hold the operands.
         return 320 if "float32" in case.name else SLACK
     if case.name.startswith("gear-complete"):

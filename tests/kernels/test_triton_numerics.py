@@ -13,17 +13,20 @@ import torch
 
 from tests.kernels.triton_support.decode_cases import DECODE_CASES
 from tests.kernels.triton_support.fused_cases import FUSED_CASES
+from tests.kernels.triton_support.gather_cases import GATHER_CASES
 from tests.kernels.triton_support.linear_cases import LINEAR_CASES
 from tests.kernels.triton_support.merge_cases import MERGE_CASES
 from tests.kernels.triton_support.prefill_cases import PREFILL_CASES
 from tests.kernels.triton_support.process import errors_of, run_in_parallel, run_module
 from tests.kernels.triton_support.ragged_cases import RAGGED_CASES
 from tests.kernels.triton_support.selection_cases import PROMPT_CASES, SELECTION_CASES, SUMMARY_CASES
+from tests.kernels.triton_support.sparse_cases import SPARSE_MLP_CASES, THRESHOLD_CASES
 
 pytest.importorskip("triton")
 
 CASES = [case.name for case in [*DECODE_CASES, *PREFILL_CASES, *MERGE_CASES, *SUMMARY_CASES]]
 CASES += [case.name for case in [*RAGGED_CASES, *SELECTION_CASES, *PROMPT_CASES, *FUSED_CASES, *LINEAR_CASES]]
+CASES += [case.name for case in [*GATHER_CASES, *SPARSE_MLP_CASES, *THRESHOLD_CASES]]
 
 
 def test_case_names_are_unique() -> None:

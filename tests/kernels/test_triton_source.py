@@ -16,23 +16,28 @@ import pytest
 import torch
 from torchaccel.kernels import codebook, kv_format, registry
 from torchaccel.kernels.selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
+from torchaccel.kernels.sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from torchaccel.kernels.spec import AttentionSpec, LinearSpec
 from torchaccel.kernels.triton import (
     decode_attention,
     decode_source,
     fused,
+    gather_tokens,
     linear,
     merge,
     prompt_selection,
     selection,
     source,
+    sparse_mlp,
     summary,
+    threshold_linear,
     tiles,
     window_prefill,
 )
 from torchaccel.kernels.triton.codebook_polynomial import table_polynomial
 
 from tests.kernels.fused_cases import between_attentions, packed_heads
+from tests.kernels.gather_cases import SPEC as GATHER_SPEC
 from tests.kernels.triton_support.decode_cases import DecodeCase
 from tests.kernels.triton_support.fused_cases import add_norm
 from tests.kernels.triton_support.prefill_cases import PrefillCase
@@ -81,6 +86,9 @@ SOURCES = {
     "fused_between_attentions": lambda: fused.generate(between_attentions("bfloat16", 1)),
     "fused_packed_heads": lambda: fused.generate(packed_heads("float16", 2)),
     "fused_add_norm": lambda: fused.generate(add_norm("bfloat16", 4096)),
+    "sparse_mlp": lambda: sparse_mlp.generate(SparseMlpSpec("bfloat16", 4, "silu")),
+    "threshold_linear": lambda: threshold_linear.generate(ThresholdLinearSpec("bfloat16", 4, True)),
+    "gather_tokens": lambda: gather_tokens.generate(GATHER_SPEC),
     "prefill_window_sinks_bool_mask": lambda: window_prefill.generate(replace(WINDOW, mask="bool")),
 }
 
@@ -91,6 +99,8 @@ CHOSEN = [
     ("select_prompt", ANTIDIAGONAL),
     ("fused", add_norm("bfloat16", 4096)),
     ("linear", LinearSpec("bfloat16", 4, True)),
+    ("sparse_mlp", SparseMlpSpec("bfloat16", 4, "silu")),
+    ("threshold_linear", ThresholdLinearSpec("bfloat16", 4, True)),
 ]
 
 
@@ -108,7 +118,7 @@ def test_golden_source(name: str) -> None:
 def test_source_is_plain_and_carries_its_spec(name: str) -> None:
     text = SOURCES[name]()
     compile(text, name, "exec")
-    assert '\nspec: {"' in text or name.startswith(("merge", "fused"))
+    assert '\nspec: {"' in text or name.startswith(("merge", "fused", "sparse", "threshold", "gather"))
     assert "{%" not in text and "\n\n\n\n" not in text and text.endswith(")\n")
     assert not any(line.endswith(" ") for line in text.splitlines())
 
@@ -154,6 +164,8 @@ def test_a_gpu_merges_parts_with_the_generated_kernel() -> None:
         (prompt_selection.select_prompt, replace(ANTIDIAGONAL, block=1040), "up to 64 strides; found 65"),
         (fused.fused, between_attentions("bfloat16", 17), "1 to 16 rows"),
         (linear.linear, LinearSpec("bfloat16", 17, False), "1 to 16 rows"),
+        (sparse_mlp.sparse_mlp, SparseMlpSpec("bfloat16", 17, "silu"), "1 to 16 rows"),
+        (threshold_linear.threshold_linear, ThresholdLinearSpec("bfloat16", 17, True), "1 to 16 rows"),
     ],
 )
 def test_other_kernels_decline(make: Callable[..., object], spec: object, reason: str) -> None:

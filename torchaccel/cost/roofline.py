@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 
 from ..kernels.candidates import Candidate, Spec, kernel_name
-from ..kernels.spec import DTYPES, AttentionSpec, LinearSpec
+from ..kernels.spec import DTYPES, AttentionSpec
 from .calibration import Calibration, Coefficients, shipped
 from .facts import DeviceFacts
 from .shape import AttentionShape, LinearShape, Shape
@@ -72,7 +72,7 @@ def work_of(spec: Spec, candidate: Candidate) -> Work:
 def amounts(spec: Spec, candidate: Candidate, shape: Shape, processors: int) -> Amounts:
     """The work of a candidate for a call of ``shape`` on so many processors; raises ``TypeError`` for a wrong shape."""
     evaluate = _compiled(kernel_name(spec), candidate.implementation, candidate.config, _is_quantised(spec))
-    if isinstance(spec, LinearSpec) and isinstance(shape, LinearShape):
+    if not isinstance(spec, AttentionSpec) and isinstance(shape, LinearShape):
         return Amounts(*evaluate(*linear_values(DTYPES[spec.dtype].itemsize, shape, processors)))
     if isinstance(spec, AttentionSpec) and isinstance(shape, AttentionShape):
         return Amounts(*evaluate(*attention_values(spec, shape, processors)))

@@ -35,12 +35,16 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Sizes of linear layers that share their input: rows of x, its width, widths of the results; sites as above."""
+    """Sizes of linear layers that share their input: rows of x, its width, widths of the results; sites as above.
+
+    density: share of the weights that is read, by neurons or by inputs. An MLP over neurons counts as three layers.
+    """
 
     rows: int
     inputs: int
     outputs: tuple[int, ...]
     sites: int = 1
+    density: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes as JSON values."""

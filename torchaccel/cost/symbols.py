@@ -16,13 +16,14 @@ from .shape import AttentionShape, LinearShape
 B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, outliers, latents, P = sympy.symbols(
     "B H_q H_kv S_q S_kv D density bits width tail corrections outliers latents P", positive=True
 )
-# Linear layers: rows of x, its width, the results' widths together, how many matrices.
+# Linear layers: rows of x, its width, the results' widths together, how many matrices; density: the share of the
+# weights that is read.
 M, K, N, matrices = sympy.symbols("M K N matrices", positive=True)
 
 ATTENTION: tuple[Any, ...] = (
     B, H_q, H_kv, S_q, S_kv, D, density, bits, width, tail, corrections, outliers, latents, P
 )  # fmt: skip
-LINEAR: tuple[Any, ...] = (M, K, N, matrices, width, P)
+LINEAR: tuple[Any, ...] = (M, K, N, matrices, width, density, P)
 
 
 def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int) -> tuple[float, ...]:
@@ -46,7 +47,7 @@ def attention_values(spec: AttentionSpec, shape: AttentionShape, processors: int
 
 def linear_values(width_: int, shape: LinearShape, processors: int) -> tuple[float, ...]:
     """The values of ``LINEAR``, in order; ``width_`` is the bytes of a number."""
-    return shape.rows, shape.inputs, sum(shape.outputs), len(shape.outputs), width_, processors
+    return shape.rows, shape.inputs, sum(shape.outputs), len(shape.outputs), width_, shape.density, processors
 
 
 def visible_share(spec: AttentionSpec, shape: AttentionShape) -> float:

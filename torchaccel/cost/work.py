@@ -94,6 +94,10 @@ def work(kernel: str, implementation: str, config: tuple[tuple[str, int | str], 
         ("prefill_attention", "reference"): _reference_attention,
         ("linear", "cpp"): _cpp_linear,
         ("linear", "reference"): _reference_linear,
+        ("sparse_mlp", "cpp"): _cpp_sparse,
+        ("sparse_mlp", "reference"): _reference_sparse,
+        ("threshold_linear", "cpp"): _cpp_sparse,
+        ("threshold_linear", "reference"): _reference_sparse,
     }
     maker = makers.get((kernel, implementation))
     if maker is None:
@@ -319,6 +323,33 @@ def _reference_linear(config: Mapping[str, int | str], quantised: bool) -> Work:
         codes=K * N * widened,
         launches=4 * matrices,
         forks=2 * matrices,
+    )
+
+
+def _cpp_sparse(config: Mapping[str, int | str], quantised: bool) -> Work:
+    """Neurons or inputs that count are read once, a part of them by each thread, whose sums are added up."""
+    _no_config("the C++ kernel of a part of the weights", config)
+    return _work(
+        LINEAR,
+        size=K * N * width * density + M * (K + N) * width,
+        resident=K * N * width * density,
+        flops=2 * M * K * N * density,
+        forks=2,
+    )
+
+
+def _reference_sparse(config: Mapping[str, int | str], quantised: bool) -> Work:
+    """What counts of the weights is copied, then widened, then multiplied."""
+    _no_config("the reference", config)
+    widened = Min(1, 4 - width)
+    return _work(
+        LINEAR,
+        size=K * N * density * (3 * width + 8 * widened) + M * (K + N) * width,
+        resident=K * N * density * (2 * width + 4 * widened),
+        flops=2 * M * K * N * density,
+        codes=K * N * density * widened,
+        launches=8 * matrices,
+        forks=3 * matrices,
     )
 
 

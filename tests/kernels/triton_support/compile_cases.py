@@ -19,10 +19,14 @@ from torchaccel.kernels.triton import (
     decode_attention,
     decode_source,
     fused,
+    gather_tokens,
     merge,
     prompt_selection,
+    row_sums,
     selection,
+    sparse_mlp,
     summary,
+    threshold_linear,
     window_prefill,
 )
 from torchaccel.kernels.triton.source import load, padded
@@ -41,14 +45,27 @@ from tests.kernels.fused_cases import between_attentions, layer_norm_mlp, packed
 
 from .decode_cases import DecodeCase
 from .fused_cases import FusedCase, add_norm
+from .gather_cases import GatherCase
 from .merge_cases import MergeCase
 from .prefill_cases import PrefillCase
 from .selection_cases import PromptCase, SelectionCase, SummaryCase
+from .sparse_cases import SparseMlpCase, ThresholdCase
 
 _ELEMENT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
 
-Case = DecodeCase | PrefillCase | MergeCase | SummaryCase | SelectionCase | PromptCase | FusedCase
+Case = (
+    DecodeCase
+    | PrefillCase
+    | MergeCase
+    | SummaryCase
+    | SelectionCase
+    | PromptCase
+    | FusedCase
+    | SparseMlpCase
+    | ThresholdCase
+    | GatherCase
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +220,16 @@ _FUSED: dict[str, tuple[int, FusedCase]] = {
     "fused-rotated-heads": (2, FusedCase("", packed_heads, "bfloat16", 2)),
     "fused-add-norm": (0, FusedCase("", add_norm, "bfloat16", 4096)),
 }
+# Kernels that read a part of their weights: (kernel, case).
+_SPARSE: dict[str, tuple[str, SparseMlpCase | ThresholdCase]] = {
+    "sparse-mlp": ("activate", SparseMlpCase("", width=4096, lists=1)),
+    "sparse-mlp-own-lists": ("collect", SparseMlpCase("", rows=8, width=4096, lists=8)),
+    "sparse-mlp-float32": ("activate", SparseMlpCase("", "float32", 2, 1000, activation="gelu")),
+    "sparse-mlp-collect": ("collect", SparseMlpCase("", "float16", width=123)),
+    "threshold": ("collect", ThresholdCase("", outputs=4096)),
+    "threshold-float32": ("collect", ThresholdCase("", "float32", 16, outputs=1000, each=True)),
+    "threshold-total": ("total", ThresholdCase("", outputs=4096)),
+}
 
 
 def _variant_cases() -> Iterator[CompileCase]:
@@ -216,6 +243,9 @@ def _variant_cases() -> Iterator[CompileCase]:
             yield CompileCase(f"{name}-{family}", kernel, family, choice)
         for name, (phase, program) in _FUSED.items():
             yield CompileCase(f"{name}-{family}", f"phase_{phase}", family, program)
+        yield CompileCase(f"gather-{family}", "gather", family, GatherCase(""))
+        for name, (kernel, part) in _SPARSE.items():
+            yield CompileCase(f"{name}-{family}", kernel, family, part)
     for name, (kernel, family, choice) in _SLOW_SELECTIONS.items():
         yield CompileCase(name, kernel, family, choice)
 
@@ -334,6 +364,39 @@ def _fused(kernel: str, case: FusedCase, family: str) -> tuple[Any, dict[str, st
     return fn, types, {"PRECISION": PRECISION[family]}, warps, stages
 
 
+def _sparse_mlp(kernel: str, case: SparseMlpCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    fn = getattr(load(sparse_mlp.generate(case.spec()), "sparse_mlp"), kernel)
+    types = dict.fromkeys(fn.arg_names, _ELEMENT[case.dtype])
+    types |= {"neurons": "*i32", "partial": "*fp32", "F": "i32", "L": "i32", "each": "i32"}
+    constants: dict[str, Any] = {"M": case.rows, "H": case.width, "LISTED": min(case.lists, 2)}
+    constants |= {"gate_row": 3 * case.width, "up_row": 3 * case.width, "down_row": 3 * case.width}
+    constants |= {"BN": sparse_mlp.NEURONS, "BK": sparse_mlp.depth(case.spec())}
+    constants |= {"BI": row_sums.ROWS_SUMMED, "BC": row_sums.COLUMNS}
+    constants |= {"PRECISION": PRECISION[family]} | ({} if case.lists else {"neurons": None})
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+    return fn, types, constants, sparse_mlp.WARPS, sparse_mlp.STAGES
+
+
+def _threshold(kernel: str, case: ThresholdCase, family: str) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    fn = getattr(load(threshold_linear.generate(case.spec()), "threshold_linear"), kernel)
+    types = dict.fromkeys(fn.arg_names, _ELEMENT[case.dtype])
+    types |= {"threshold": "*fp32", "partial": "*fp32", "K": "i32", "each": "i32", "splits": "i32"}
+    constants: dict[str, Any] = {"M": case.rows, "N": case.outputs, "EACH_HAS": case.each}
+    columns = row_sums.COLUMNS if kernel == "collect" else row_sums.TOTAL_COLUMNS
+    constants |= {"BI": row_sums.ROWS_SUMMED, "BC": columns, "PRECISION": PRECISION[family]}
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+    return fn, types, constants, threshold_linear.WARPS, threshold_linear.STAGES
+
+
+def _gather(case: GatherCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
+    spec = case.spec()
+    fn = load(gather_tokens.generate(spec), "gather_tokens").gather
+    types = dict.fromkeys(fn.arg_names, "i32") | {"index": "*i64"}
+    for i, item in enumerate(spec.items):
+        types |= dict.fromkeys((f"x{i}", f"y{i}"), f"*{'u8' if item.width == 1 else f'i{8 * item.width}'}")
+    return fn, types, {"BC": gather_tokens.COLUMNS}, 4, 3
+
+
 def _described(item: CompileCase) -> tuple[Any, dict[str, str], dict[str, Any], int, int]:
     """The kernel of a case, the types of its arguments, its constants, warps and stages."""
     kernel, case, family = item.kernel, item.case, item.family
@@ -349,6 +412,12 @@ def _described(item: CompileCase) -> tuple[Any, dict[str, str], dict[str, Any], 
         return _selection(kernel, case)
     if isinstance(case, PromptCase):
         return _prompt_selection(kernel, case)
+    if isinstance(case, GatherCase):
+        return _gather(case)
+    if isinstance(case, SparseMlpCase):
+        return _sparse_mlp(kernel, case, family)
+    if isinstance(case, ThresholdCase):
+        return _threshold(kernel, case, family)
     return _fused(kernel, case, family)
 
 

@@ -24,6 +24,7 @@ def main(where: str, only: list[str]) -> None:
         torch.set_num_threads(1)
     from .decode_cases import DECODE_CASES, run_decode_case
     from .fused_cases import FUSED_CASES, run_fused_case
+    from .gather_cases import GATHER_CASES, run_gather_case
     from .linear_cases import LINEAR_CASES, run_linear_case
     from .merge_cases import MERGE_CASES, run_merge_case
     from .prefill_cases import PREFILL_CASES, run_prefill_case
@@ -36,6 +37,7 @@ def main(where: str, only: list[str]) -> None:
         run_selection_case,
         run_summary_case,
     )
+    from .sparse_cases import SPARSE_MLP_CASES, THRESHOLD_CASES, run_sparse_mlp_case, run_threshold_case
 
     # Results are allocated full of NaN, so that what a kernel forgets to write is seen.
     torch.use_deterministic_algorithms(True)
@@ -50,6 +52,9 @@ def main(where: str, only: list[str]) -> None:
     runs += [(case.name, partial(run_prompt_case, case, device)) for case in PROMPT_CASES]
     runs += [(case.name, partial(run_fused_case, case, device)) for case in FUSED_CASES]
     runs += [(case.name, partial(run_linear_case, case, device)) for case in LINEAR_CASES]
+    runs += [(case.name, partial(run_gather_case, case, device)) for case in GATHER_CASES]
+    runs += [(case.name, partial(run_sparse_mlp_case, case, device)) for case in SPARSE_MLP_CASES]
+    runs += [(case.name, partial(run_threshold_case, case, device)) for case in THRESHOLD_CASES]
     for name, run in runs:
         if only and name not in only:
             continue

@@ -177,7 +177,7 @@ def test_the_choice_is_the_best_of_all() -> None:
             for some in itertools.combinations(options, count):
                 if not any(plan._overlap(a, b) for a, b in itertools.combinations(some, 2)):
                     best = max(best, sum(option.saved_seconds for option in some))
-        chosen = plan._best(7, options)
+        chosen = plan.best_runs(7, options)
         assert sum(one.candidate.saved_seconds for one in chosen) == pytest.approx(best)
         assert all(one.candidate not in one.lost for one in chosen)
 

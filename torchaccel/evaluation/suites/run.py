@@ -15,7 +15,7 @@ from ..machine import Machine, measure_machine, versions
 from ..results import Fidelity, Result, document
 from ..session import Progress, Silent
 from ..timing import LoadWatch, Spread, interleave, require_quiet, speedups
-from . import decode, prefill, prefix, ragged
+from . import decode, mlp, prefill, prefix, ragged
 from .contender import Contender, Scenario
 from .geometry import DTYPE, Geometry
 
@@ -24,12 +24,13 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Suite:
-    """The lengths of a suite's scenarios."""
+    """The lengths of a suite's scenarios, and the width of its MLP."""
 
     device: str
     decode: int
     prefill: int
     prefix: int
+    mlp: int = 2048
 
 
 SUITES = {
@@ -62,7 +63,8 @@ def run_suite(
         require_quiet()
     torch.manual_seed(0)
     device, progress = torch.device(sizes.device), progress or Silent()
-    makers = list(_scenarios(Geometry(device, sizes.decode, sizes.prefill, sizes.prefix), "flex" in baselines))
+    geometry = Geometry(device, sizes.decode, sizes.prefill, sizes.prefix)
+    makers = list(_scenarios(geometry, sizes.mlp, "flex" in baselines))
     progress.begin(1 + 2 * len(makers))
     progress.advance("measuring the machine")
     machine, watch = measure_machine(device), LoadWatch()
@@ -79,7 +81,6 @@ def run_suite(
         )
         progress.advance(f"{title}: timing, interleaved")
         results += _race(scenario, machine, watch, device)
-    geometry = Geometry(device, sizes.decode, sizes.prefill, sizes.prefix)
     case = {"kind": "attention", "suite": name, "batch": 1, "context": sizes.decode, "new_tokens": None}
     return document(
         command=list(command),
@@ -94,12 +95,13 @@ def run_suite(
     )  # fmt: skip
 
 
-def _scenarios(g: Geometry, flex: bool) -> Iterator[tuple[str, Callable[[], Scenario]]]:
+def _scenarios(g: Geometry, width: int, flex: bool) -> Iterator[tuple[str, Callable[[], Scenario]]]:
     yield "decode", partial(decode.scenario, g, flex=flex)
     yield "prefill", partial(prefill.scenario, g, flex=flex)
     yield "ragged", partial(ragged.scenario, g)
     for group in (1, g.group):
         yield f"shared prefix, group {group}", partial(prefix.scenario, g, group)
+    yield "mlp", partial(mlp.scenario, g, width)
 
 
 def _asked(contender: Contender, baselines: Sequence[str]) -> bool:
