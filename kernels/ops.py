@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import kv_format, registry, shared_prefix
 from .fused_spec import FusedSpec
+from .pick import Pick
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .shared_prefix import Level
-from .spec import AttentionSpec, LinearSpec
+from .spec import AttentionSpec
 
 # Output, log-sum-exp, mass.
 Results = tuple[Tensor, Tensor, Tensor]
@@ -31,11 +32,11 @@ _SCHEMAS = {
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
     "str plan) -> (Tensor, Tensor, Tensor)",
-    "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
-    "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
+    "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str pick) -> Tensor[]",
+    "fused_rows": "(Tensor[] inputs, str pick) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
     "Tensor? channels, str spec) -> ()",
-    "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str spec) -> Tensor",
+    "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str pick) -> Tensor",
     "select_prompt_blocks": "(Tensor q, Tensor k, Tensor? first, str spec) -> Tensor",
 }
 
@@ -75,23 +76,13 @@ def library() -> torch.library.Library:
 # A step calls an operator per layer, so what is looked up is keyed by what costs nothing to compare: hashing the specs
 # took 1 us a call.
 @lru_cache(maxsize=4096)
-def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
-    return registry.linear(LinearSpec(dtype, rows, bias), device).run
-
-
-@lru_cache(maxsize=4096)
-def _fused_run(spec: str, device: str) -> Any:
-    return registry.fused(FusedSpec.from_key(spec), device).run
+def _picked_run(kernel: str, pick: str, device: str) -> Any:
+    return registry.picked(kernel, pick, device)
 
 
 @lru_cache(maxsize=4096)
 def _summarise_run(spec: str, device: str) -> Any:
     return registry.summarise(SummarySpec.from_key(spec), device).run
-
-
-@lru_cache(maxsize=4096)
-def _select_run(spec: str, device: str) -> Any:
-    return registry.select(SelectionSpec.from_key(spec), device).run
 
 
 def _attend(
@@ -196,14 +187,12 @@ def _three(results: Any, spec: AttentionSpec) -> Results:
     return out, lse, mass
 
 
-def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
-    rows = x.numel() // max(x.shape[-1], 1)
-    bias = biases.count(None) < len(biases)
-    return _linear_run(dtype, rows, bias, x.device.type)(x, weights, biases)
+def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pick: str) -> list[Tensor]:
+    return _picked_run("linear", pick, x.device.type)(x, weights, biases)
 
 
-def _fused_rows(inputs: list[Tensor], spec: str) -> list[Tensor]:
-    return _fused_run(spec, inputs[0].device.type)(inputs)
+def _fused_rows(inputs: list[Tensor], pick: str) -> list[Tensor]:
+    return _picked_run("fused", pick, inputs[0].device.type)(inputs)
 
 
 def _summarise_keys(
@@ -213,9 +202,9 @@ def _summarise_keys(
 
 
 def _select_blocks(
-    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, pick: str
 ) -> Tensor:
-    return _select_run(spec, q.device.type)(q, summary, lens, first, channels)
+    return _picked_run("select", pick, q.device.type)(q, summary, lens, first, channels)
 
 
 def _select_prompt_blocks(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:
@@ -242,18 +231,22 @@ def _like_query(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
+def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pick: str) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
 
 
-def _fused_fake(inputs: list[Tensor], spec: str) -> list[Tensor]:
-    return [inputs[0].new_empty(out.shape) for out in FusedSpec.from_key(spec).outputs]
+def _fused_fake(inputs: list[Tensor], pick: str) -> list[Tensor]:
+    spec = Pick.from_key("fused", pick).spec
+    assert isinstance(spec, FusedSpec)
+    return [inputs[0].new_empty(out.shape) for out in spec.outputs]
 
 
 def _select_blocks_fake(
-    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, pick: str
 ) -> Tensor:
-    return q.new_empty((q.shape[0], summary.shape[1], SelectionSpec.from_key(spec).width), dtype=torch.int32)
+    spec = Pick.from_key("select", pick).spec
+    assert isinstance(spec, SelectionSpec)
+    return q.new_empty((q.shape[0], summary.shape[1], spec.width), dtype=torch.int32)
 
 
 def _select_prompt_blocks_fake(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:

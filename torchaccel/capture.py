@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torchaccel.backend import Backend
 from torchaccel.options import resolve
 from torchaccel.reporting import GraphRecord, Journal
-from torchaccel.tuning.tasks import tasks_in
+from torchaccel.tuning.tasks import distinct, tasks_in
 from torchaccel.tuning.tuner import Task
 
 # The model is traced with prompts of so many tokens at most: enough for every choice that depends on their length.
@@ -37,8 +37,8 @@ def capture_tasks(
     found: list[Task] = []
 
     def look(gm: GraphModule, examples: list[Any]) -> Any:
-        module, _ = backend.rewrite(gm, list(examples), resolved, GraphRecord("unknown", {}, {}))
-        found.extend(tasks_in(module.graph, tokens))
+        module, lowered = backend.rewrite(gm, list(examples), resolved, GraphRecord("unknown", {}, {}))
+        found.extend(tasks_in(module.graph, tokens, lowered.compared))
         return gm.forward
 
     compiled = torch.compile(model.forward, backend=look)
@@ -48,7 +48,7 @@ def capture_tasks(
         cache = getattr(output, "past_key_values", None)
         if cache is not None and "input_ids" in short:
             compiled(**_next(short), past_key_values=cache)
-    return list({(task.spec, tuple(sorted(task.shape.items()))): task for task in found}.values())
+    return distinct(found)
 
 
 def _cut(value: Any, tokens: int) -> Any:

@@ -28,7 +28,10 @@ LIMIT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """A spec to tune, at a shape (B, H_kv, Q, S for decode; B, H_kv, S for prefill; M, K, N for linear)."""
+    """A spec to tune, at a shape.
+
+    B, H_kv, Q, S for decode and select; B, H_kv, S for prefill; M, K, N for linear; M for fused.
+    """
 
     spec: Spec
     shape: Mapping[str, int]
