@@ -50,14 +50,17 @@ def tune(
     effort: Effort = "quick",
     budget: float | None = 120.0,
     progress: Progress | None = None,
+    *,
+    shared_prompt: bool = False,
 ) -> Summary:
     """Measure the kernels that ``model`` needs for prompts of the size of ``inputs``, and for the tokens behind them.
 
     inputs: token ids ``[B, S]``, or keyword arguments. options: as for compiling; ``options["cache"]`` names the file
-    of results. effort: "quick" (the likeliest candidates) or "full" (all). budget: seconds, None for no limit. What the
-    cache has is not measured again. Raises ``TuningError`` when nothing in the model can be tuned.
+    of results. effort: "quick" (the likeliest candidates) or "full" (all). budget: seconds, None for no limit.
+    shared_prompt: also what rows need that continue one prompt, stored once. What the cache has is not measured again.
+    Raises ``TuningError`` when nothing in the model can be tuned.
     """
-    tasks = capture_tasks(model, inputs, options)
+    tasks = capture_tasks(model, inputs, options, shared_prompt=shared_prompt)
     if not tasks:
         raise TuningError(
             "no kernel of torchaccel's was found in this model for these inputs and options; "

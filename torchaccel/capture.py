@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torchaccel.backend import Backend
 from torchaccel.options import resolve
 from torchaccel.reporting import GraphRecord, Journal
-from torchaccel.tuning.tasks import distinct, tasks_in
+from torchaccel.tuning.tasks import distinct, shared_tasks, tasks_in
 from torchaccel.tuning.tuner import Task
 
 # The model is traced with prompts of so many tokens at most: enough for every choice that depends on their length.
@@ -20,12 +20,17 @@ TOKENS = 512
 
 
 def capture_tasks(
-    model: nn.Module, inputs: Tensor | Mapping[str, Any], options: Mapping[str, Any] | None
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    *,
+    shared_prompt: bool = False,
 ) -> list[Task]:
     """The tasks of ``model`` for a prompt of the size of ``inputs``, and for the token after it where there is a cache.
 
     inputs: token ids ``[B, S]``, or the model's keyword arguments, each ``[B, S, ...]`` or independent of S. A shorter
-    prompt runs through the model as it is; its rewritten graphs are looked at, for S tokens.
+    prompt runs through the model as it is; its rewritten graphs are looked at, for S tokens. shared_prompt: the rows
+    may continue one prompt, stored once, too.
     """
     arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     sizes = [value.shape[:2] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1]
@@ -48,7 +53,7 @@ def capture_tasks(
         cache = getattr(output, "past_key_values", None)
         if cache is not None and "input_ids" in short:
             compiled(**_next(short), past_key_values=cache)
-    return distinct(found)
+    return distinct([*found, *(shared_tasks(found) if shared_prompt else [])])
 
 
 def _cut(value: Any, tokens: int) -> Any:

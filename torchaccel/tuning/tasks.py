@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from torchaccel.cost.shape import AttentionShape
+from torchaccel.kernels import shared_prefix
 from torchaccel.kernels.fused_spec import FusedSpec
 from torchaccel.kernels.pick import Pick
 from torchaccel.kernels.plan import Plan
@@ -42,6 +43,17 @@ def tasks_in(
     if tokens is not None:
         found += [Task(spec, sizes(spec, shape.at(tokens))) for spec, shape in compared]
     return distinct(task for task in found if all(isinstance(size, int) for size in task.shape.values()))
+
+
+def shared_tasks(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks of decode attention among ``tasks`` again, for rows whose caches all begin with the same tokens."""
+    found: list[Task] = []
+    for task in tasks:
+        spec = task.spec
+        if isinstance(spec, AttentionSpec) and spec.phase == "decode" and task.shape["B"] > 1:
+            if shared_prefix.unsupported(spec) is None:
+                found += _both(spec, task.shape, 1)
+    return distinct(found)
 
 
 def distinct(tasks: Iterable[Task]) -> list[Task]:
@@ -97,11 +109,15 @@ def _shared(node: Node, tokens: int | None) -> list[Task]:
     """Both kernels: over the rows' own tokens, and over the prefix, for the stacked queries of the rows that share it."""
     if tokens is None:
         return []
-    *_, own_plan, prefix_plan = node.args
-    own = _attention(node, str(own_plan), _shape(node.args[1])[1], tokens)
-    entries = _shape(node.args[PREFIXES][0])[0]  # type: ignore[index]
-    rows = {"B": entries, "Q": own.shape["Q"] * (own.shape["B"] // entries)}
-    return [Task(read_attention(str(prefix_plan)), {**own.shape, **rows}), own]
+    own = _attention(node, str(node.args[-2]), _shape(node.args[1])[1], tokens)
+    assert isinstance(own.spec, AttentionSpec)
+    return _both(own.spec, own.shape, _shape(node.args[PREFIXES][0])[0])  # type: ignore[index]
+
+
+def _both(spec: AttentionSpec, shape: Mapping[str, int], entries: int) -> list[Task]:
+    own, shared = shared_prefix.specs(spec)
+    rows = {"B": entries, "Q": shape["Q"] * (shape["B"] // entries)}
+    return [Task(shared, {**shape, **rows}), Task(own, shape)]
 
 
 def read_attention(text: str) -> AttentionSpec:
