@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchaccel.backend import Backend
-from torchaccel.capture import capture_tasks
+from torchaccel.capture import capture_tasks, isolation
 from torchaccel.entry_point import journal
 from torchaccel.errors import TuningError
 from torchaccel.options import resolve
@@ -28,14 +27,8 @@ def compile(model: Model, **options: Any) -> Model:
     names or impossible values, before anything is compiled.
     """
     resolve(options)
-    model.compile(backend="torchaccel", options=options, **_isolation())
+    model.compile(backend="torchaccel", options=options, **isolation())
     return model
-
-
-def _isolation() -> dict[str, bool]:
-    # Dynamo counts the graphs of all models of a class towards one limit of 8, and runs eagerly beyond it, unless
-    # each compilation is isolated (torch 2.13; earlier versions do not know the argument).
-    return {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -80,7 +73,7 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     def rewrite(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return backend(gm, example_inputs, options=options)
 
-    compiled = torch.compile(model.forward, backend=rewrite)
+    compiled = torch.compile(model.forward, backend=rewrite, **isolation())
     with torch.no_grad():
         compiled(*inputs, **keywords)
     return own.of(model)

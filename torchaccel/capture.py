@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def capture_tasks(
         found.extend(tasks_in(module.graph, tokens, lowered.compared))
         return gm.forward
 
-    compiled = torch.compile(model.forward, backend=look)
+    # Static: a second size would be traced as any size, for which nothing can be measured.
+    compiled = torch.compile(model.forward, backend=look, dynamic=False, **isolation())
     short = {name: _cut(value, tokens) for name, value in arguments.items()}
     with torch.no_grad():
         output = compiled(**short)
@@ -54,6 +56,15 @@ def capture_tasks(
         if cache is not None and "input_ids" in short:
             compiled(**_next(short), past_key_values=cache)
     return distinct([*found, *(shared_tasks(found) if shared_prompt else [])])
+
+
+def isolation() -> dict[str, bool]:
+    """Arguments of ``torch.compile`` with which a compilation does not count for others of the same code.
+
+    Dynamo counts the graphs of all models of a class towards one limit of 8, and runs eagerly beyond it, unless each
+    compilation is isolated (torch 2.13; earlier versions do not know the argument).
+    """
+    return {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def _cut(value: Any, tokens: int) -> Any:

@@ -81,9 +81,7 @@ class AttentionLowering:
                 self._lower_append(site, plan)
             for lowered in self.sites[before:]:
                 lowered.gate = judged.text
-        return Lowered(
-            self.signature.finish(), self.signature.inputs, self.sites, self.declines, self.chooser.compared
-        )
+        return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines, self.chooser.compared)
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past

@@ -90,6 +90,15 @@ def test_rows_of_one_prompt_need_a_kernel_for_it_and_one_for_their_own_tokens(mo
     assert capture_tasks(model, alone, None, shared_prompt=True) == capture_tasks(model, alone, None)
 
 
+def test_many_sizes_are_captured_one_after_another(model: Any) -> None:
+    # Dynamo would run the fifth eagerly, and trace the second batch size as any size.
+    sizes = [(1, 40), (2, 40), (3, 50), (4, 60), (5, 70)]
+    for batch, tokens in sizes:
+        tasks = capture_tasks(model, torch.zeros(batch, tokens, dtype=torch.int64), {"fusion": False})
+        (decode,) = attention(tasks, "decode")
+        assert dict(decode.shape) == {"B": batch, "H_kv": 2, "Q": 1, "S": tokens}
+
+
 def test_a_mask_is_given_as_the_model_takes_it(model: Any) -> None:
     mask = torch.ones(2, 64, dtype=torch.int64)
     mask[1, :5] = 0

@@ -20,9 +20,9 @@ BUCKETED = ("B", "M", "Q", "S")
 class Key:
     """One entry of the cache; equal keys, comparable timings.
 
-    kernel: a name of ``candidates.KERNELS``, such as "decode_attention", "linear" or "fused". spec: canonical JSON of the frozen spec, which holds
-    dtypes, formats, head sizes and modifiers. bucket: canonical text of the bucketed shape, "B=1,H_kv=4,Q=1,S=32768".
-    fingerprint: device and versions.
+    kernel: a name of ``candidates.KERNELS``, such as "decode_attention", "linear" or "fused". spec: canonical JSON of
+    the frozen spec, which holds dtypes, formats, head sizes and modifiers. bucket: canonical text of the bucketed
+    shape, "B=1,H_kv=4,Q=1,S=32768". fingerprint: device and versions.
     """
 
     kernel: str

@@ -50,9 +50,9 @@ def shared_tasks(tasks: Iterable[Task]) -> list[Task]:
     found: list[Task] = []
     for task in tasks:
         spec = task.spec
-        if isinstance(spec, AttentionSpec) and spec.phase == "decode" and task.shape["B"] > 1:
-            if shared_prefix.unsupported(spec) is None:
-                found += _both(spec, task.shape, 1)
+        decode = isinstance(spec, AttentionSpec) and spec.phase == "decode" and task.shape["B"] > 1
+        if decode and shared_prefix.unsupported(spec) is None:
+            found += _both(spec, task.shape, 1)
     return distinct(found)
 
 
@@ -106,7 +106,7 @@ def _attention(node: Node, plan: str, kv_heads: int, stored: int) -> Task:
 
 
 def _shared(node: Node, tokens: int | None) -> list[Task]:
-    """Both kernels: over the rows' own tokens, and over the prefix, for the stacked queries of the rows that share it."""
+    """Both kernels: over the prefix, for the stacked queries of its rows, and over the rows' own tokens."""
     if tokens is None:
         return []
     own = _attention(node, str(node.args[-2]), _shape(node.args[1])[1], tokens)

@@ -115,7 +115,7 @@ class Tuned:
         asked = f"TORCHACCEL_ASSERT_CACHE_HIT is set, and {self._source} has no entry for {key.kernel} {key.bucket}"
         if other is None:
             return f"{asked}; it is empty: run torchaccel tune"
-        lines = "\n  ".join(key.differences(other))
+        lines = "\n  ".join(line for line in key.differences(other) if not line.startswith("bucket.S:"))
         return f"{asked} {key.spec}\nThe nearest entry differs in\n  {lines}\nRun torchaccel tune for this one"
 
 
