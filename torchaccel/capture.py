@@ -58,7 +58,7 @@ def capture_tasks(
     return distinct([*found, *(shared_tasks(found) if shared_prompt else [])])
 
 
-def isolation() -> dict[str, bool]:
+def isolation() -> dict[str, Any]:
     """Arguments of ``torch.compile`` with which a compilation does not count for others of the same code.
 
     Dynamo counts the graphs of all models of a class towards one limit of 8, and runs eagerly beyond it, unless each

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.candidates import Candidate, Spec, kernel_name
-from ..kernels.spec import LinearSpec
+from ..kernels.spec import AttentionSpec
 
 SHIPPED = Path(__file__).parent / "calibration.json"
 VERSION = 1
@@ -44,7 +44,7 @@ UNMEASURED = {"cpu": Coefficients(1.1, 1.1, 1.5, 0.3, 0.05), "cuda": Coefficient
 def calibration_key(spec: Spec, candidate: Candidate, kind: str) -> str:
     """What shares coefficients: "device kind/implementation/kernel/format", such as "cpu/cpp/decode_attention/int8"."""
     form = spec.dtype
-    if not isinstance(spec, LinearSpec):
+    if isinstance(spec, AttentionSpec):
         form = next((f.kind for f in (spec.key_format, spec.value_format) if f.is_quantised), spec.dtype)
     return f"{kind}/{candidate.implementation}/{kernel_name(spec)}/{form}"
 

@@ -50,8 +50,9 @@ def shared_tasks(tasks: Iterable[Task]) -> list[Task]:
     found: list[Task] = []
     for task in tasks:
         spec = task.spec
-        decode = isinstance(spec, AttentionSpec) and spec.phase == "decode" and task.shape["B"] > 1
-        if decode and shared_prefix.unsupported(spec) is None:
+        if not isinstance(spec, AttentionSpec) or spec.phase != "decode" or task.shape["B"] == 1:
+            continue
+        if shared_prefix.unsupported(spec) is None:
             found += _both(spec, task.shape, 1)
     return distinct(found)
 
