@@ -29,11 +29,12 @@ def capture_tasks(
 ) -> list[Task]:
     """The tasks of ``model`` for a prompt of the size of ``inputs``, and for the token after it where there is a cache.
 
-    inputs: token ids ``[B, S]``, or the model's keyword arguments, each ``[B, S, ...]`` or independent of S. A shorter
+    inputs: token ids ``[B, S]``, which a language model gets as from ``generate()``: with a mask, for the last token's
+    logits; or the model's keyword arguments, each ``[B, S, ...]`` or independent of S. A shorter
     prompt runs through the model as it is; its rewritten graphs are looked at, for S tokens. shared_prompt: the rows
     may continue one prompt, stored once, too.
     """
-    arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    arguments = _as_generated(model, inputs) if isinstance(inputs, Tensor) else dict(inputs)
     sizes = [value.shape[:2] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1]
     if not sizes:
         raise ValueError(f"inputs must hold a tensor [B, S, ...]; found {', '.join(arguments) or 'nothing'}")
@@ -56,6 +57,14 @@ def capture_tasks(
         if cache is not None and "input_ids" in short:
             compiled(**_next(short), past_key_values=cache)
     return distinct([*found, *(shared_tasks(found) if shared_prompt else [])])
+
+
+def _as_generated(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The arguments with which ``generate()`` calls a language model; other models get the ids alone."""
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        return {"input_ids": ids}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **last}
 
 
 def isolation() -> dict[str, Any]:

@@ -90,6 +90,12 @@ def test_rows_of_one_prompt_need_a_kernel_for_it_and_one_for_their_own_tokens(mo
     assert capture_tasks(model, alone, None, shared_prompt=True) == capture_tasks(model, alone, None)
 
 
+def test_a_language_model_is_traced_as_generate_calls_it(model: Any) -> None:
+    tasks = capture_tasks(model, torch.zeros(2, 64, dtype=torch.int64), {"fusion": False})
+    (decode,) = attention(tasks, "decode")
+    assert isinstance(decode.spec, AttentionSpec) and decode.spec.mask == "bool"
+
+
 def test_many_sizes_are_captured_one_after_another(model: Any) -> None:
     # Dynamo would run the fifth eagerly, and trace the second batch size as any size.
     sizes = [(1, 40), (2, 40), (3, 50), (4, 60), (5, 70)]

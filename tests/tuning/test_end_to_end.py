@@ -104,13 +104,14 @@ def test_from_a_model_to_a_bundle(model: Any, folder: Path, tmp_path: Path, monk
     ids = torch.zeros(1, 20, dtype=torch.int64)
     with torch.no_grad():
         kept = model(ids).past_key_values
-    step = {"past_key_values": kept, "options": {"cache": str(cache)}}
-    report = torchaccel.explain(model, ids[:, :1], **step)
+    options, mask = {"cache": str(cache)}, torch.ones(2, 21, dtype=torch.int64)
+    report = torchaccel.explain(model, ids[:, :1], attention_mask=mask[:1], past_key_values=kept, options=options)
     assert [site.kernel for record in report.records for site in record.sites] == ["composed"]
     with pytest.raises(
         BackendCompilerFailed, match=r"CacheMissError(.|\n)*bucket\.B: asked 2, found 1\nRun torchaccel tune"
     ):
-        torchaccel.explain(model, ids.expand(2, -1)[:, :1], past_key_values=repeated(kept), options=step["options"])
+        pair = ids.expand(2, -1)[:, :1]
+        torchaccel.explain(model, pair, attention_mask=mask, past_key_values=repeated(kept), options=options)
     monkeypatch.delenv("TORCHACCEL_ASSERT_CACHE_HIT")
 
     # Into a file, into another cache, into a bundle, and out of it.
