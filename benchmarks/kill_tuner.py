@@ -1,49 +1,41 @@
 """Kills a tuner at random moments, then lets many tune at once, and checks that the cache stays whole.
 
-    python benchmarks/kill_tuner.py --kills 100 --processes 16 --json -
+    python benchmarks/kill_tuner.py --kills 100 --processes 16 --json benchmarks/results/kill-tuner-cpu.json
 
-A tuner of real candidates of a small linear layer and a small decode attention is started again and again and killed
-(SIGKILL) after a random time; after each kill every row of the cache must be valid, and everything known before must be
-known still. Then the processes tune into one new cache at the same time, and it must hold every result once.
+A tuner of stock candidates of small linear layers and decode attentions is started again and again and killed (SIGKILL)
+at a random moment, every other one of them once its first result is written; after each kill every row of the cache
+must be valid, and everything known before must be known still. Then the processes tune into one new cache at the same
+time, and it must hold every result once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from torchaccel.tuning.cache import TuningCache
-
-# The shapes differ from kill to kill, so that there is always something left to measure.
-TUNE = """
-import sys
-from pathlib import Path
 import torch
 from torchaccel.kernels.candidates import Candidate
 from torchaccel.kernels.spec import AttentionSpec, KVFormat, LinearSpec
+
 from torchaccel.tuning.cache import TuningCache
+from torchaccel.tuning.fingerprint import fingerprint
 from torchaccel.tuning.tuner import Task, Tuner
 
-first, count = int(sys.argv[2]), int(sys.argv[3])
-dense = KVFormat("dense", "float32", 32)
-decode = AttentionSpec("decode", 32, 2, "float32", dense, dense, 32**-0.5)
-tasks = []
-for i in range(first, first + count):
-    tasks.append(Task(LinearSpec("float32", 1, False), {"M": 1, "K": 8 + i, "N": 8}))
-    tasks.append(Task(decode, {"B": 1, "H_kv": 1 + i, "Q": 1, "S": 64}))
-listed = [Candidate("reference"), Candidate("composed")]
-tuner = Tuner(TuningCache(Path(sys.argv[1])), torch.device("cpu"), candidates=lambda spec, device: listed)
-print("running", flush=True)
-tuner.run(tasks)
-"""
+CPU = torch.device("cpu")
+DENSE = KVFormat("dense", "float32", 32)
+DECODE = AttentionSpec("decode", 32, 2, "float32", DENSE, DENSE, 32**-0.5)
+LISTED = (Candidate("reference"), Candidate("composed"))
+# Pairs of tasks of one tuner: enough that most kills hit it at work.
+PAIRS = 4
 
 
 def main() -> None:
@@ -57,6 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = {
             "benchmark": "kill_tuner",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": fingerprint(CPU).to_dict(),
+            "seed": arguments.seed,
             "kills": kill(Path(folder) / "killed.sqlite", arguments.kills, random.Random(arguments.seed)),
             "together": together(Path(folder) / "together.sqlite", arguments.processes),
         }
@@ -68,46 +63,87 @@ def main() -> None:
     raise SystemExit(0 if found["kills"]["whole"] and found["together"]["whole"] else 1)
 
 
+def tune(path: Path, first: int, count: int) -> None:
+    """Measure ``count`` pairs of tasks into the cache at ``path``; their sizes begin at ``first``."""
+
+    def listed(spec: object, device: str) -> Sequence[Candidate]:
+        return LISTED
+
+    tasks = []
+    for i in range(first, first + count):
+        tasks.append(Task(LinearSpec("float32", 1, False), {"M": 1, "K": 8 + i, "N": 8}))
+        tasks.append(Task(DECODE, {"B": 1, "H_kv": 1 + i, "Q": 1, "S": 64}))
+    Tuner(TuningCache(path), CPU, candidates=listed).run(tasks)
+
+
 def kill(path: Path, kills: int, numbers: random.Random) -> dict[str, Any]:
-    """Kill a tuner ``kills`` times at random moments of its work."""
+    """Kill a tuner ``kills`` times; each has sizes of its own, so that there is something left to measure.
+
+    The moment is drawn from the time that an undisturbed one takes, or from a third of it, behind the first result. The
+    document says how many were hit before their first result and between two, and how many had finished.
+    """
     cache = TuningCache(path)
-    known: set[Any] = set()
-    damaged = lost = 0
-    for round_ in range(kills):
-        process = _start(path, 20 * round_, 20)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(numbers.random() * 6)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    began = time.monotonic()
+    undisturbed = _start(path, 0, PAIRS)
+    undisturbed.join()
+    span = time.monotonic() - began
+    known = set(cache.records())
+    damaged = lost = starting = working = finished = 0
+    for round_ in range(1, kills + 1):
+        process = _start(path, PAIRS * round_, PAIRS)
+        if round_ % 2:
+            while process.is_alive() and len(cache.records()) == len(known):
+                time.sleep(0.05)
+        time.sleep(numbers.random() * (span / 3 if round_ % 2 else span))
+        finished += not process.is_alive()
+        process.kill()
+        process.join()
         checked = cache.check()
         damaged += len(checked.invalid)
         lost += len(known - set(checked.records))
+        starting += len(checked.records) == len(known)
+        working += len(known) < len(checked.records) < len(known) + 2 * len(LISTED) * PAIRS
         known = set(checked.records)
-    return {"rounds": kills, "results": len(known), "damaged": damaged, "lost": lost, "whole": not damaged and not lost}
+        print(f"{round_} of {kills}: {len(known)} results, {damaged} damaged, {lost} lost", file=sys.stderr)
+    return {
+        "kills": kills,
+        "span_seconds": round(span, 1),
+        "before_the_first_result": starting,
+        "between_results": working,
+        "finished": finished,
+        "entries": len(known),
+        "damaged": damaged,
+        "lost": lost,
+        "whole": not damaged and not lost,
+    }
 
 
 def together(path: Path, count: int) -> dict[str, Any]:
     """``count`` processes tune into one file at once: half of their tasks are the same, half their own."""
     processes = [_start(path, first, 2) for first in range(count)]
-    codes = [process.wait() for process in processes]
+    for process in processes:
+        process.join()
     checked = TuningCache(path).check()
     keys = {(record.key, record.candidate) for record in checked.records}
+    failed = sum(process.exitcode != 0 for process in processes)
     # Tasks first .. first + 1 of each: count + 1 distinct ones of two kernels, two candidates each.
     due = 4 * (count + 1)
-    whole = not any(codes) and not checked.invalid and len(keys) == len(checked.records) == due
+    whole = not failed and not checked.invalid and len(keys) == len(checked.records) == due
     return {
         "processes": count,
-        "failed": sum(code != 0 for code in codes),
-        "results": len(keys),
+        "failed": failed,
+        "entries": len(keys),
         "due": due,
         "damaged": len(checked.invalid),
         "whole": whole,
     }
 
 
-def _start(path: Path, first: int, count: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", TUNE, str(path), str(first), str(count)], stdout=subprocess.PIPE)
+def _start(path: Path, first: int, count: int) -> Any:
+    # A fork has imported everything; what measures is a process that every tuner starts for itself.
+    process = multiprocessing.get_context("fork").Process(target=tune, args=(path, first, count))
+    process.start()
+    return process
 
 
 if __name__ == "__main__":

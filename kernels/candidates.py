@@ -9,11 +9,13 @@ from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, Literal
 
-from . import composed, reference, sparse_reference
+from . import composed, fused_reference, reference, selection_reference, sparse_reference
+from .fused_spec import FusedSpec
+from .selection_spec import SelectionSpec
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import AttentionSpec, LinearSpec
 
-Spec = AttentionSpec | LinearSpec | SparseMlpSpec | ThresholdLinearSpec
+Spec = AttentionSpec | LinearSpec | FusedSpec | SelectionSpec | SparseMlpSpec | ThresholdLinearSpec
 
 
 @dataclass(frozen=True, order=True)
@@ -39,11 +41,65 @@ class Candidate:
         return Candidate(name, tuple(sorted(config.items())))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A kind of kernel: what its specs are, the modules that generate it, and its reference.
+
+    Each module has ``supports(spec)``, a function of the kernel's name that makes the callable of a spec and a config,
+    and, where there is something to choose, ``configs(spec)``, the seed's first.
+    """
+
+    spec: type[Spec]
+    modules: dict[str, str]
+    reference: Callable[[Any], Callable[..., Any]]
+
+
+# By name, which is that of the kernel in keys of the tuning cache, too.
+KERNELS = {
+    "decode_attention": Kernel(
+        AttentionSpec,
+        {"cpp": ".cpp.attention", "triton": ".triton.decode_attention"},
+        lambda spec: partial(reference.decode_attention, spec),
+    ),
+    "prefill_attention": Kernel(
+        AttentionSpec,
+        {"cpp": ".cpp.window_prefill", "triton": ".triton.window_prefill"},
+        lambda spec: partial(reference.prefill_attention, spec),
+    ),
+    "linear": Kernel(LinearSpec, {"cpp": ".cpp.linear", "triton": ".triton.linear"}, lambda spec: reference.linear),
+    "fused": Kernel(
+        FusedSpec, {"cpp": ".cpp.fused", "triton": ".triton.fused"}, lambda spec: partial(fused_reference.fused, spec)
+    ),
+    "select": Kernel(
+        SelectionSpec,
+        {"cpp": ".cpp.selection", "triton": ".triton.selection"},
+        lambda spec: partial(selection_reference.select, spec),
+    ),
+    "sparse_mlp": Kernel(
+        SparseMlpSpec,
+        {"cpp": ".cpp.sparse_mlp", "triton": ".triton.sparse_mlp"},
+        lambda spec: partial(sparse_reference.sparse_mlp, spec),
+    ),
+    "threshold_linear": Kernel(
+        ThresholdLinearSpec,
+        {"cpp": ".cpp.threshold_linear", "triton": ".triton.threshold_linear"},
+        lambda spec: sparse_reference.threshold_linear,
+    ),
+}
+
+
 def kernel_name(spec: Spec) -> str:
-    """The kernel that ``spec`` describes, such as "decode_attention" or "linear"."""
+    """The kernel that ``spec`` describes, a key of ``KERNELS``."""
     if isinstance(spec, AttentionSpec):
         return f"{spec.phase}_attention"
-    return {LinearSpec: "linear", SparseMlpSpec: "sparse_mlp", ThresholdLinearSpec: "threshold_linear"}[type(spec)]
+    return next(name for name, kernel in KERNELS.items() if isinstance(spec, kernel.spec))
+
+
+def spec_from_key(kernel: str, key: str) -> Spec:
+    """The spec of a kernel whose ``key()`` is ``key``; ``ValueError`` for an unknown kernel."""
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; known: {', '.join(KERNELS)}")
+    return KERNELS[kernel].spec.from_key(key)
 
 
 def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
@@ -52,7 +108,7 @@ def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
     if generated is not None:
         module = _module(generated, spec)
-        if module is not None and module.supports(spec) is None:
+        if module.supports(spec) is None:
             configs = getattr(module, "configs", None)
             for config in configs(spec) if configs else ((),):
                 found.append(Candidate(generated, tuple(sorted(config))))  # type: ignore[arg-type]
@@ -66,8 +122,9 @@ def candidates(spec: Spec, device: str) -> tuple[Candidate, ...]:
 def unsupported(spec: Spec, device: str) -> str | None:
     """Why no generated kernel runs ``spec`` on a device type, in one line for the user; None when one does."""
     generated = {"cpu": "cpp", "cuda": "triton"}.get(device)
-    module = None if generated is None else _module(generated, spec)
-    reason: str | None = module.supports(spec) if module else f"no generated kernels for device {device}"
+    if generated is None:
+        return f"no generated kernels for device {device}"
+    reason: str | None = _module(generated, spec).supports(spec)
     return reason
 
 
@@ -78,40 +135,18 @@ def build(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
     Raises ``ValueError`` for a spec that the implementation does not support, or a config it does not know; compilers
     raise what they raise.
     """
-    kernel = kernel_name(spec)
+    name = kernel_name(spec)
     if candidate.implementation in ("composed", "reference"):
         if candidate.config:
             raise ValueError(f"'{candidate.implementation}' has no free choices; found {candidate.key()}")
-        if isinstance(spec, LinearSpec):
-            return reference.linear
-        if isinstance(spec, ThresholdLinearSpec):
-            return sparse_reference.threshold_linear
-        if isinstance(spec, SparseMlpSpec):
-            return partial(sparse_reference.sparse_mlp, spec)
-        module = composed if candidate.implementation == "composed" else reference
-        return partial(getattr(module, kernel), spec)
-    module = _module(candidate.implementation, spec)
-    if module is None:
-        raise ValueError(f"{candidate.implementation} has no kernel {kernel}")
-    make = getattr(module, kernel)
-    return make(spec, **dict(candidate.config))
-
-
-_MODULES = {
-    ("cpp", "decode_attention"): ".cpp.attention",
-    ("cpp", "prefill_attention"): ".cpp.window_prefill",
-    ("cpp", "linear"): ".cpp.linear",
-    ("cpp", "sparse_mlp"): ".cpp.sparse_mlp",
-    ("cpp", "threshold_linear"): ".cpp.threshold_linear",
-    ("triton", "decode_attention"): ".triton.decode_attention",
-    ("triton", "prefill_attention"): ".triton.window_prefill",
-    ("triton", "linear"): ".triton.linear",
-    ("triton", "sparse_mlp"): ".triton.sparse_mlp",
-    ("triton", "threshold_linear"): ".triton.threshold_linear",
-}
+        if candidate.implementation == "composed" and isinstance(spec, AttentionSpec):
+            return partial(getattr(composed, name), spec)
+        return KERNELS[name].reference(spec)
+    make = getattr(_module(candidate.implementation, spec), name)
+    run: Callable[..., Any] = make(spec, **dict(candidate.config))
+    return run
 
 
 def _module(implementation: str, spec: Spec) -> Any:
     # Imported on first use: a machine without a GPU never loads Triton, one without g++ never looks for it.
-    name = _MODULES.get((implementation, kernel_name(spec)))
-    return None if name is None else import_module(name, __package__)
+    return import_module(KERNELS[kernel_name(spec)].modules[implementation], __package__)

@@ -11,11 +11,12 @@ from torch import Tensor
 from . import kv_format, mixed_precision, ragged, registry, shared_prefix
 from .fused_spec import FusedSpec
 from .gather_spec import GatherSpec
+from .pick import Pick
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .shared_prefix import Level
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
-from .spec import AttentionSpec, LinearSpec, dtype_name
+from .spec import AttentionSpec, dtype_name
 
 # Output, log-sum-exp, mass.
 Results = tuple[Tensor, Tensor, Tensor]
@@ -41,14 +42,14 @@ _SCHEMAS = {
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
     "str plan) -> (Tensor, Tensor, Tensor)",
-    "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str dtype) -> Tensor[]",
-    "fused_rows": "(Tensor[] inputs, str spec) -> Tensor[]",
+    "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str pick) -> Tensor[]",
+    "fused_rows": "(Tensor[] inputs, str pick) -> Tensor[]",
     "gather_tokens": "(Tensor[] inputs, Tensor index, str spec) -> Tensor[]",
     "sparse_mlp": "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? neurons, str activation) -> Tensor",
     "threshold_linear": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] thresholds) -> Tensor[]",
     "summarise_keys": "(Tensor k_new, Tensor(a!) summary, Tensor(b!) sums, Tensor lens, Tensor? first, "
     "Tensor? channels, str spec) -> ()",
-    "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str spec) -> Tensor",
+    "select_blocks": "(Tensor q, Tensor summary, Tensor lens, Tensor? first, Tensor? channels, str pick) -> Tensor",
     "select_prompt_blocks": "(Tensor q, Tensor k, Tensor? first, str spec) -> Tensor",
 }
 
@@ -108,13 +109,8 @@ def library() -> torch.library.Library:
 # A step calls an operator per layer, so what is looked up is keyed by what costs nothing to compare: hashing the specs
 # took 1 us a call.
 @lru_cache(maxsize=4096)
-def _linear_run(dtype: str, rows: int, bias: bool, device: str) -> Any:
-    return registry.linear(LinearSpec(dtype, rows, bias), device).run
-
-
-@lru_cache(maxsize=4096)
-def _fused_run(spec: str, device: str) -> Any:
-    return registry.fused(FusedSpec.from_key(spec), device).run
+def _picked_run(kernel: str, pick: str, device: str) -> Any:
+    return registry.picked(kernel, pick, device)
 
 
 @lru_cache(maxsize=4096)
@@ -135,11 +131,6 @@ def _threshold_linear_run(dtype: torch.dtype, rows: int, bias: bool, device: str
 @lru_cache(maxsize=4096)
 def _summarise_run(spec: str, device: str) -> Any:
     return registry.summarise(SummarySpec.from_key(spec), device).run
-
-
-@lru_cache(maxsize=4096)
-def _select_run(spec: str, device: str) -> Any:
-    return registry.select(SelectionSpec.from_key(spec), device).run
 
 
 def _attend(
@@ -299,14 +290,12 @@ def _three(results: Any, spec: AttentionSpec) -> Results:
     return out, lse, mass
 
 
-def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
-    rows = x.numel() // max(x.shape[-1], 1)
-    bias = biases.count(None) < len(biases)
-    return _linear_run(dtype, rows, bias, x.device.type)(x, weights, biases)
+def _linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pick: str) -> list[Tensor]:
+    return _picked_run("linear", pick, x.device.type)(x, weights, biases)
 
 
-def _fused_rows(inputs: list[Tensor], spec: str) -> list[Tensor]:
-    return _fused_run(spec, inputs[0].device.type)(inputs)
+def _fused_rows(inputs: list[Tensor], pick: str) -> list[Tensor]:
+    return _picked_run("fused", pick, inputs[0].device.type)(inputs)
 
 
 def _gather_tokens(inputs: list[Tensor], index: Tensor, spec: str) -> list[Tensor]:
@@ -334,9 +323,9 @@ def _summarise_keys(
 
 
 def _select_blocks(
-    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, pick: str
 ) -> Tensor:
-    return _select_run(spec, q.device.type)(q, summary, lens, first, channels)
+    return _picked_run("select", pick, q.device.type)(q, summary, lens, first, channels)
 
 
 def _select_prompt_blocks(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:
@@ -363,12 +352,14 @@ def _like_query(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: str) -> list[Tensor]:
+def _linear_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pick: str) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
 
 
-def _fused_fake(inputs: list[Tensor], spec: str) -> list[Tensor]:
-    return [inputs[0].new_empty(out.shape) for out in FusedSpec.from_key(spec).outputs]
+def _fused_fake(inputs: list[Tensor], pick: str) -> list[Tensor]:
+    spec = Pick.from_key("fused", pick).spec
+    assert isinstance(spec, FusedSpec)
+    return [inputs[0].new_empty(out.shape) for out in spec.outputs]
 
 
 def _gather_tokens_fake(inputs: list[Tensor], index: Tensor, spec: str) -> list[Tensor]:
@@ -386,9 +377,11 @@ def _threshold_linear_fake(x: Tensor, weights: list[Tensor], *_: Any) -> list[Te
 
 
 def _select_blocks_fake(
-    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, spec: str
+    q: Tensor, summary: Tensor, lens: Tensor, first: Tensor | None, channels: Tensor | None, pick: str
 ) -> Tensor:
-    return q.new_empty((q.shape[0], summary.shape[1], SelectionSpec.from_key(spec).width), dtype=torch.int32)
+    spec = Pick.from_key("select", pick).spec
+    assert isinstance(spec, SelectionSpec)
+    return q.new_empty((q.shape[0], summary.shape[1], spec.width), dtype=torch.int32)
 
 
 def _select_prompt_blocks_fake(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:

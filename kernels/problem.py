@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, sparse_reference
+from . import kv_format, selection_reference, sparse_reference
 from .candidates import Spec
+from .fused_spec import FusedSpec, Gather, Linear
+from .selection_spec import SelectionSpec
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import DTYPES, AttentionSpec, KVFormat, LinearSpec
 
@@ -26,7 +28,8 @@ def make(spec: Spec, shape: Mapping[str, int], device: torch.device, seed: int) 
     """Arguments of the reference of ``spec``, behind the spec, on ``device``; equal seeds, equal values.
 
     shape: B, H_kv, Q, S for decode, where S counts the tokens attended, the Q new ones included; B, H_kv, S for
-    prefill; M, K, N for linear layers, and for MLPs, where N counts neurons, half of which are listed. Unused slots of
+    prefill; M, K, N for linear layers, M at most the spec's rows, and for MLPs, where N counts neurons, half of which
+    are listed; none for fused, whose spec says all; B, H_kv, Q, S for select, S slots being stored. Unused slots of
     buffers are NaN. Raises ``ValueError`` for a shape that lacks a symbol.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -36,6 +39,10 @@ def make(spec: Spec, shape: Mapping[str, int], device: torch.device, seed: int) 
         return _sparse_mlp(spec, generator, *_sizes(shape, "M", "K", "N"))
     if isinstance(spec, ThresholdLinearSpec):
         return _threshold_linear(spec, generator, *_sizes(shape, "M", "K", "N"))
+    if isinstance(spec, FusedSpec):
+        return (_fused(spec, generator),)
+    if isinstance(spec, SelectionSpec):
+        return _select(spec, generator, *_sizes(shape, "B", "H_kv", "Q", "S"))
     if spec.phase == "prefill":
         return _prefill(spec, generator, *_sizes(shape, "B", "H_kv", "S"))
     return _decode(spec, generator, *_sizes(shape, "B", "H_kv", "Q", "S"))
@@ -49,8 +56,12 @@ def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def results(spec: Spec, returned: Any, args: tuple[Any, ...]) -> list[Tensor]:
     """Everything a call with ``args`` is responsible for: what it returned, and what it left in the cache.
 
-    Stored tokens are read back as ``[B, H_kv, S, D]``, so that they can be compared between implementations.
+    Stored tokens are read back as ``[B, H_kv, S, D]``, so that they can be compared between implementations. Of a
+    choice of blocks, these are the scores of the chosen, best first, and their number: which of two equals is taken is
+    for the order of summation to say.
     """
+    if isinstance(spec, SelectionSpec):
+        return _chosen(spec, returned, args)
     found = list(returned) if isinstance(returned, (list, tuple)) else [returned]
     if isinstance(spec, AttentionSpec) and spec.phase == "decode":
         q, _, _, k_buf, v_buf, lens, _, positions = args[:8]
@@ -77,6 +88,11 @@ def tolerances(spec: Spec, device: torch.device) -> list[float]:
     Stored codes may differ by one.
     """
     exact = {"float32": 1e-4 if device.type == "cpu" else 3e-3, "bfloat16": 2e-2, "float16": 4e-3}[spec.dtype]
+    if isinstance(spec, FusedSpec):
+        return [exact] * len(spec.outputs)
+    if isinstance(spec, SelectionSpec):
+        # Of the products of what is stored, which are exact in float32: the order of summation remains.
+        return [1e-4 if device.type == "cpu" else 3e-3, 0.0]
     if not isinstance(spec, AttentionSpec):
         return [exact]
     quantised = spec.key_format.is_quantised or spec.value_format.is_quantised
@@ -123,7 +139,56 @@ def _tokens(
 def _linear(spec: LinearSpec, generator: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
     dtype = DTYPES[spec.dtype]
     bias = _normal(dtype, generator, n) if spec.bias else None
-    return _normal(dtype, generator, m, k), [_normal(dtype, generator, n, k)], [bias]
+    return _normal(dtype, generator, min(m, spec.rows), k), [_normal(dtype, generator, n, k)], [bias]
+
+
+def _fused(spec: FusedSpec, generator: torch.Generator) -> list[Tensor]:
+    """Weights so small that sums stay near one through all layers; indexes within the rows that they choose from."""
+    rows = {step.index: spec.inputs[step.x].shape[0] for step in spec.steps if isinstance(step, Gather)}
+    inner = {step.weight: spec.inputs[step.weight].shape[not step.by_columns] for step in _linear_steps(spec)}
+    found = []
+    for i, item in enumerate(spec.inputs):
+        if item.kind == "index":
+            index = torch.randint(0, rows.get(i, 1), item.shape, generator=generator, device=generator.device)
+            found.append(index)
+        else:
+            value = _normal(torch.float32, generator, *item.shape) / inner.get(i, 1) ** 0.5
+            found.append(value.to(DTYPES[spec.dtype]))
+    return found
+
+
+def _linear_steps(spec: FusedSpec) -> list[Linear]:
+    return [step for step in spec.steps if isinstance(step, Linear)]
+
+
+def _select(
+    spec: SelectionSpec, generator: torch.Generator, batch: int, heads: int, new: int, tokens: int
+) -> tuple[Any, ...]:
+    device, kept = generator.device, spec.summary
+    q = _normal(DTYPES[spec.dtype], generator, batch, new, heads * spec.group, kept.head_dim).transpose(1, 2)
+    summary, sums = selection_reference.allocate(kept, batch, heads, tokens + SLACK, device)
+    summary.fill_(torch.nan)
+    k = _tokens(kept.dtype, generator, batch, heads, tokens, kept.head_dim)
+    channels = None
+    if kept.kind == "channels":
+        order = torch.rand((heads, kept.head_dim), generator=generator, device=device).argsort(-1)
+        channels = order[:, : kept.channels].int().contiguous()
+    first = torch.arange(batch, device=device).clamp(max=max(tokens - 1, 0))
+    selection_reference.summarise(kept, k, summary, sums, torch.tensor([0, 0, 0]), first, channels)
+    return q, summary, torch.tensor([0, tokens, tokens]), first, channels
+
+
+def _chosen(spec: SelectionSpec, index: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
+    """Scores of the chosen blocks, best first, zero for none; the number of different ones, -1 for one out of range."""
+    found = selection_reference.scores(spec, *args)
+    outside = ((index < -1) | (index >= found.shape[-1])).any(-1)
+    listed = index.clamp(-1, found.shape[-1] - 1).long()
+    marks = torch.zeros(*found.shape[:2], found.shape[-1] + 1, device=index.device)
+    # The column behind the others takes the entries that are none.
+    marks.scatter_(2, torch.where(listed < 0, found.shape[-1], listed), 1.0)
+    marks = marks[..., :-1]
+    best = torch.where(marks > 0, found, 0.0).sort(-1, descending=True).values
+    return [best, torch.where(outside, -1.0, marks.sum(-1))]
 
 
 def _sparse_mlp(spec: SparseMlpSpec, generator: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:

@@ -21,9 +21,10 @@ from . import (
     selection_reference,
     sparse_reference,
 )
-from .candidates import Candidate, build
+from .candidates import Candidate, Spec, build, candidates
 from .fused_spec import FusedSpec
 from .gather_spec import GatherSpec
+from .pick import Pick
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
@@ -132,6 +133,12 @@ def _module(name: str, spec: Any, device: str) -> tuple[Any, str | None]:
     return module, module.supports(spec)
 
 
+def picked(kernel: str, pick: str, device: str) -> Callable[..., Any]:
+    """The callable of a ``Pick`` by its key: the candidate that was measured, or the seed."""
+    found = Pick.from_key(kernel, pick)
+    return realise(found.spec, found.candidate or candidates(found.spec, device)[0])
+
+
 @lru_cache(maxsize=4096)
 def attend(plan: str) -> Callable[..., Any]:
     """The callable of a decode ``Plan`` by its key: the pick for the number of tokens that are stored at the call."""
@@ -172,7 +179,7 @@ def attend_prompt(plan: str) -> Callable[..., Any]:
     return run
 
 
-def realise(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:
+def realise(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
     """The candidate's callable; where its compiler fails, that of stock operators, with a warning that says so."""
     try:
         return build(spec, candidate)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 from .fused_spec import ActivationName
 
@@ -21,6 +22,15 @@ class SparseMlpSpec:
     rows: int
     activation: ActivationName
 
+    def key(self) -> str:
+        """Canonical JSON of the spec."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_key(key: str) -> SparseMlpSpec:
+        """The spec whose ``key()`` is ``key``."""
+        return SparseMlpSpec(**json.loads(key))
+
 
 @dataclass(frozen=True)
 class ThresholdLinearSpec:
@@ -34,3 +44,12 @@ class ThresholdLinearSpec:
     dtype: str
     rows: int
     bias: bool
+
+    def key(self) -> str:
+        """Canonical JSON of the spec."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_key(key: str) -> ThresholdLinearSpec:
+        """The spec whose ``key()`` is ``key``."""
+        return ThresholdLinearSpec(**json.loads(key))

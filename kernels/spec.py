@@ -280,3 +280,13 @@ class LinearSpec:
     dtype: str
     rows: int
     bias: bool
+
+    def key(self) -> str:
+        """Canonical JSON of the spec."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def from_key(key: str) -> LinearSpec:
+        """The spec whose ``key()`` is ``key``."""
+        return LinearSpec(**json.loads(key))

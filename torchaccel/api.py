@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchaccel.backend import Backend
-from torchaccel.capture import capture_tasks
+from torchaccel.capture import capture_tasks, isolation
 from torchaccel.entry_point import journal
 from torchaccel.errors import TuningError
 from torchaccel.options import resolve
@@ -33,7 +32,7 @@ def compile(model: Model, **options: Any) -> Model:
         plan = getattr(method.options, "plan", None)
         if plan is not None:
             plan.model.check_weights(model.parameters(), plan.described)
-    model.compile(backend="torchaccel", options=_with_plans(options), **_isolation())
+    model.compile(backend="torchaccel", options=_with_plans(options), **isolation())
     return model
 
 
@@ -44,12 +43,6 @@ def _with_plans(value: Any) -> Any:
         there = {key for key, item in value.items() if key == "plan" and not is_missing(item)}
         return {key: load_plan(item) if key in there else _with_plans(item) for key, item in value.items()}
     return [_with_plans(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _isolation() -> dict[str, bool]:
-    # Dynamo counts the graphs of all models of a class towards one limit of 8, and runs eagerly beyond it, unless
-    # each compilation is isolated (torch 2.13; earlier versions do not know the argument).
-    return {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -64,14 +57,17 @@ def tune(
     effort: Effort = "quick",
     budget: float | None = 120.0,
     progress: Progress | None = None,
+    *,
+    shared_prompt: bool = False,
 ) -> Summary:
     """Measure the kernels that ``model`` needs for prompts of the size of ``inputs``, and for the tokens behind them.
 
     inputs: token ids ``[B, S]``, or keyword arguments. options: as for compiling; ``options["cache"]`` names the file
-    of results. effort: "quick" (the likeliest candidates) or "full" (all). budget: seconds, None for no limit. What the
-    cache has is not measured again. Raises ``TuningError`` when nothing in the model can be tuned.
+    of results. effort: "quick" (the likeliest candidates) or "full" (all). budget: seconds, None for no limit.
+    shared_prompt: also what rows need that continue one prompt, stored once. What the cache has is not measured again.
+    Raises ``TuningError`` when nothing in the model can be tuned.
     """
-    tasks = capture_tasks(model, inputs, options)
+    tasks = capture_tasks(model, inputs, options, shared_prompt=shared_prompt)
     if not tasks:
         raise TuningError(
             "no kernel of torchaccel's was found in this model for these inputs and options; "
@@ -91,7 +87,7 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     def rewrite(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return backend(gm, example_inputs, options=options)
 
-    compiled = torch.compile(model.forward, backend=rewrite)
+    compiled = torch.compile(model.forward, backend=rewrite, **isolation())
     with torch.no_grad():
         compiled(*inputs, **keywords)
     return own.of(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchaccel.cost.assumed import assumed_facts
+from torchaccel.cost.facts import DeviceFacts
 from torchaccel.errors import CacheMissError, CalibrationError, DeclinedError, OptionsError
 from torchaccel.options import Options, resolve
 from torchaccel.passes.base import Decline, Fidelity, PassResult, Reason, Status
@@ -29,6 +30,9 @@ from torchaccel.reporting import GraphRecord, Journal
 from torchaccel.runtime.compiled_graph import CompiledGraph, plain
 from torchaccel.runtime.kv import LogicalKV
 from torchaccel.tuning.deployment import Deployment
+from torchaccel.tuning.picks import pick_kernels
+from torchaccel.tuning.tasks import tasks_in
+from torchaccel.tuning.tuned import Tuned
 
 
 class Backend:
@@ -104,7 +108,8 @@ class Backend:
         module, lowered = self.rewrite(gm, inputs, options, record)
         if options.tune != "none" and not self.execute_only:
             tokens = max((t.shape[2] for t in inputs if isinstance(t, LogicalKV)), default=None)
-            if self.deployment.tune(module.graph, tokens, options.cache, options.tune, _device(inputs)):
+            tasks = tasks_in(module.graph, tokens, lowered.compared)
+            if self.deployment.tune(tasks, options.cache, options.tune, _device(inputs)):
                 module, lowered = self.rewrite(gm, inputs, options, record)
         dense = _dense_examples(gm, inputs)
         examples = [dense[i] for i in lowered.bindings.arguments] + lowered.inputs
@@ -123,7 +128,8 @@ class Backend:
         label = f"graph{self.graphs_received:02d}"
         context, record.passes = manager.run(module, device, label, parameters)
         record.phase = context.anatomy.phase
-        chooser = self._chooser(options, device)
+        tuned = self._tuned(options, device)
+        chooser = Chooser(device, self._facts(options, device), tuned)
         lowered = AttentionLowering(context, inputs, chooser, gate=options.gate, rotary=options.fusion).run()
         record.sites = lowered.sites
         _speak_of(lowered.declines, options.strict)
@@ -133,6 +139,7 @@ class Backend:
                 record.passes.append(manager.apply(fusion, context))
                 record.groups += fusion.groups
         record.linear_layers = lower_linear(context.graph, device) + sum(group.linears for group in record.groups)
+        record.picks = pick_kernels(context.graph, tuned, device.type)
         # Last, because the kernels above take float16 as it is and compute in float32 themselves.
         upcast_half(context.graph)
         record.passes.append(_lowering_result(lowered.declines, [site.site for site in lowered.sites]))
@@ -142,15 +149,17 @@ class Backend:
         manager.dump(context.graph, label, 90, "lowered")
         return module, lowered
 
-    def _chooser(self, options: Options, device: torch.device) -> Chooser:
+    def _tuned(self, options: Options, device: torch.device) -> Tuned:
         brought = self.deployment.bring(options.bundle, options.trust, device, strict=options.strict)
-        facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
-        return Chooser(device, facts, self.deployment.tuned(options.cache, brought, device))
+        return self.deployment.tuned(options.cache, brought, device)
+
+    def _facts(self, options: Options, device: torch.device) -> DeviceFacts | None:
+        return self.deployment.facts(options.cache, device) or assumed_facts(device)
 
     def _rates(self, options: Options, device: torch.device) -> Rates | None:
         if device.type != "cpu":
             return None  # on GPUs Inductor fuses well, and nothing of ours has been measured against it
-        facts = self.deployment.facts(options.cache, device) or assumed_facts(device)
+        facts = self._facts(options, device)
         if facts is None:
             return Rates()
         return Rates(1e9 * facts.dram_gbs, 1e-6 * facts.launch_us, 1e-6 * facts.fork_us)

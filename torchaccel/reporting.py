@@ -20,7 +20,10 @@ from torchaccel.runtime.compiled_graph import CallCounter
 
 @dataclass
 class GraphRecord:
-    """One captured graph: how it was rewritten and compiled, and how often it ran."""
+    """One captured graph: how it was rewritten and compiled, and how often it ran.
+
+    picks: kernels other than attention that do not run their seed, since tuning found a faster candidate.
+    """
 
     phase: str
     requested: dict[str, Any]
@@ -29,6 +32,7 @@ class GraphRecord:
     sites: list[LoweredSite] = field(default_factory=list)
     linear_layers: int = 0
     groups: list[FusedGroup] = field(default_factory=list)
+    picks: list[str] = field(default_factory=list)
     declined: str | None = None
     graph_break: str | None = None
     compile_seconds: float = 0.0
@@ -103,6 +107,7 @@ class Report:
                     "milliseconds": round(1e3 * r.counter.seconds, 3),
                     "linear_layers": r.linear_layers,
                     "groups": [asdict(group) for group in r.groups],
+                    "picks": r.picks,
                     "passes": [
                         {
                             "name": p.name,
@@ -136,6 +141,8 @@ class Report:
         for record in self.records:
             if record.groups:
                 console.print(_fusion_table(record))
+            if record.picks:
+                console.print(f"tuned  {record.phase}: {_counted(record.picks)}", highlight=False)
         for line in self.declines:
             console.print(f"declined  {line}", highlight=False)
         return stream.getvalue()

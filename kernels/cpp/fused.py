@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -13,12 +13,18 @@ from ..spec import DTYPES
 from .attention import C_TYPES
 from .compile import compile_source, missing_toolchain, render
 from .fused_program import Program
+from .linear import other_streams
 
 Fused = Callable[[Sequence[Tensor]], list[Tensor]]
 
 MAX_ROWS = 8
 # Scratch of a thread: beyond the second-level cache the values between two layers cost more than a launch.
 MAX_SCRATCH_BYTES = 1 << 20
+# Of weights, below which a second thread is not woken.
+GRAIN_BYTES = 1 << 16
+# Whether one thread runs the whole program: where its weights are few, or as the tuner found best. Nothing in between:
+# when teams change their size, libgomp ends threads and starts them again.
+ALONE = {"": "WEIGHT_BYTES < GRAIN_BYTES", "one": "true", "all": "false"}
 
 
 def supports(spec: FusedSpec) -> str | None:
@@ -35,10 +41,24 @@ def supports(spec: FusedSpec) -> str | None:
     return missing_toolchain()
 
 
-def source(spec: FusedSpec) -> str:
+def configs(spec: FusedSpec) -> Iterator[tuple[tuple[str, int | str], ...]]:
+    """The free choices, the seed first: how many rows of a weight are read together, and by how many threads."""
+    yield ()
+    if any(isinstance(step, Linear) and not step.by_columns for step in spec.steps):
+        yield (("streams", other_streams(spec.rows)),)
+    few = _weights(spec) * DTYPES[spec.dtype].itemsize < GRAIN_BYTES
+    yield (("threads", "all" if few else "one"),)
+
+
+def _weights(spec: FusedSpec) -> int:
+    """Elements of all weights that the program reads."""
+    shapes = [spec.inputs[step.weight].shape for step in spec.steps if isinstance(step, Linear)]
+    return sum(n * k for n, k in shapes)
+
+
+def source(spec: FusedSpec, streams: int = 0, threads: str = "") -> str:
     """The C++ source of the kernel of ``spec``; equal input gives equal text."""
     program = Program(spec)
-    weights = [spec.inputs[step.weight].shape for step in spec.steps if isinstance(step, Linear)]
     fields = (
         ", ".join(f"in{i}" for i in range(len(spec.inputs))),
         ", ".join(f"out{i}" for i in range(len(spec.outputs))),
@@ -50,7 +70,10 @@ def source(spec: FusedSpec) -> str:
         fields=fields,
         dtype=C_TYPES[spec.dtype],
         rows=spec.rows,
-        weights=sum(n * k for n, k in weights),
+        weights=_weights(spec),
+        grain=GRAIN_BYTES,
+        streams=streams,
+        alone=ALONE[threads],
         by_columns=any(isinstance(step, Linear) and step.by_columns for step in spec.steps),
         shared=program.shared,
         own=program.own,
@@ -59,11 +82,12 @@ def source(spec: FusedSpec) -> str:
 
 
 @lru_cache(maxsize=1024)
-def fused(spec: FusedSpec) -> Fused:
+def fused(spec: FusedSpec, streams: int = 0, threads: str = "") -> Fused:
     """The compiled kernel of ``spec``: ``call(inputs) -> outputs``, as ``fused_reference.fused`` without the spec.
 
-    Raises ``ValueError`` for a spec that ``supports`` refuses, what the compiler raises, and at the call ``ValueError``
-    for an input with another dtype, number of elements or, but for rows and tables, layout than the spec says.
+    streams, threads: see ``configs``; 0 streams are as many as suit the registers. Raises ``ValueError`` for a spec
+    that ``supports`` refuses, what the compiler raises, and at the call ``ValueError`` for an input with another dtype,
+    number of elements or, but for rows and tables, layout than the spec says.
     """
     reason = supports(spec)
     if reason:
@@ -76,7 +100,7 @@ def fused(spec: FusedSpec) -> Fused:
             count *= size
         expected.append((count, torch.int64 if item.kind == "index" else dtype, item.kind in ("rows", "table")))
     shapes = [out.shape for out in spec.outputs]
-    entry = compile_source(source(spec))
+    entry = compile_source(source(spec, streams, threads))
 
     def call(inputs: Sequence[Tensor]) -> list[Tensor]:
         kept: list[Tensor] = []

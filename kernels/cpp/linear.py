@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -15,6 +15,8 @@ from .formats import C_TYPES
 Linear = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], list[Tensor]]
 
 MAX_ROWS = 8
+# Of weights, below which a second thread is not woken.
+GRAIN_KIB = 64
 
 
 def supports(spec: LinearSpec) -> str | None:
@@ -26,7 +28,19 @@ def supports(spec: LinearSpec) -> str | None:
     return missing_toolchain()
 
 
-def source(spec: LinearSpec, count: int) -> str:
+def configs(spec: LinearSpec) -> Iterator[tuple[tuple[str, int], ...]]:
+    """The free choices, the seed first: rows of W read together (``streams``), bytes a thread is woken for."""
+    yield ()
+    yield (("streams", other_streams(spec.rows)),)
+    yield (("grain_kib", 4 * GRAIN_KIB),)
+
+
+def other_streams(rows: int) -> int:
+    """What the seed does not do: one row of W at a time for few rows of x, several for more."""
+    return 4 if rows <= 2 else 1
+
+
+def source(spec: LinearSpec, count: int, streams: int = 0, grain_kib: int = GRAIN_KIB) -> str:
     """The C++ source of the kernel of ``spec`` for ``count`` weights that share x; equal input gives equal text."""
     return render(
         "linear.cpp.jinja",
@@ -37,17 +51,21 @@ def source(spec: LinearSpec, count: int) -> str:
         rows=spec.rows,
         count=count,
         bias="true" if spec.bias else "false",
+        streams=streams,
+        grain_kib=grain_kib,
     )
 
 
 @lru_cache(maxsize=256)
-def _kernel(spec: LinearSpec, count: int) -> Entry:
-    return compile_source(source(spec, count))
+def _kernel(spec: LinearSpec, count: int, streams: int, grain_kib: int) -> Entry:
+    return compile_source(source(spec, count, streams, grain_kib))
 
 
 @lru_cache(maxsize=256)
-def linear(spec: LinearSpec) -> Linear:
+def linear(spec: LinearSpec, streams: int = 0, grain_kib: int = GRAIN_KIB) -> Linear:
     """The compiled kernel of ``spec``: ``reference.linear`` for at most ``spec.rows`` rows.
+
+    streams, grain_kib: see ``configs``; 0 streams are as many as suit the registers.
 
     ``call(x, weights, biases) -> [y, ...]``: x ``[..., K]`` of any strides, weights ``[N, K]`` contiguous, biases
     ``[N]`` or None, all of the spec's dtype; y ``[..., N]`` contiguous. One kernel per number of weights is compiled,
@@ -83,7 +101,7 @@ def linear(spec: LinearSpec) -> Linear:
             args += (weight.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(), n)
             result.append(y)
         if m:
-            _kernel(spec, len(result))(*args)
+            _kernel(spec, len(result), streams, grain_kib)(*args)
         return result
 
     return call

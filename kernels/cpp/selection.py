@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import prod
 
@@ -19,6 +19,9 @@ Select = Callable[..., Tensor]
 
 FIELDS = ("q, q_b, q_h, q_q, q_d", "summary, s_b, s_h, s_n, capacity", "lens, first, channels, out, scores, B, HKV, Q")
 
+# Whether a thread takes whole KV heads, or parts of all of them: by their number, or as the tuner found best.
+SHARES = {"": "heads >= at::get_num_threads() || small", "heads": "true", "tiles": "small"}
+
 
 def supports(spec: SelectionSpec) -> str | None:
     """Why no C++ selection can be generated for ``spec``, in one line for the user; None when one can."""
@@ -27,7 +30,14 @@ def supports(spec: SelectionSpec) -> str | None:
     return summaries.supports(spec.summary)
 
 
-def source(spec: SelectionSpec) -> str:
+def configs(spec: SelectionSpec) -> Iterator[tuple[tuple[str, str], ...]]:
+    """The free choices, the seed first: what the threads share out."""
+    yield ()
+    yield (("share", "tiles"),)
+    yield (("share", "heads"),)
+
+
+def source(spec: SelectionSpec, share: str = "") -> str:
     """The C++ source of the selection of ``spec``; equal specs give equal text."""
     return render(
         "selection.cpp.jinja",
@@ -44,6 +54,7 @@ def source(spec: SelectionSpec) -> str:
         minmax=_bool(spec.summary.kind == "minmax"),
         channels=_bool(spec.summary.kind == "channels"),
         mean=_bool(spec.reduce == "mean"),
+        by_heads=SHARES[share],
         **choice(spec.width, spec.sinks, spec.recent, spec.scale, spec.mass, spec.probabilities),
     )
 
@@ -65,14 +76,14 @@ def _bool(value: bool) -> str:
 
 
 @lru_cache(maxsize=1024)
-def select(spec: SelectionSpec) -> Select:
+def select(spec: SelectionSpec, share: str = "") -> Select:
     """The compiled selection of ``spec``: ``selection_reference.select`` without its first argument.
 
-    ``call(q, summary, lens, first=None, channels=None) -> index``; q of any strides, rows of the summary packed. Raises
-    ``ValueError`` for a spec that ``supports`` refuses; the returned function raises ``RuntimeError`` when the summary
-    has fewer rows than ``lens[1]`` slots need.
+    ``call(q, summary, lens, first=None, channels=None) -> index``; q of any strides, rows of the summary packed.
+    share: see ``configs``. Raises ``ValueError`` for a spec that ``supports`` refuses; the returned function raises
+    ``RuntimeError`` when the summary has fewer rows than ``lens[1]`` slots need.
     """
-    return _function(spec, False)
+    return _function(spec, False, share)
 
 
 @lru_cache(maxsize=1024)
@@ -81,11 +92,11 @@ def scores(spec: SelectionSpec) -> Select:
     return _function(spec, True)
 
 
-def _function(spec: SelectionSpec, scored: bool) -> Select:
+def _function(spec: SelectionSpec, scored: bool, share: str = "") -> Select:
     reason = supports(spec)
     if reason:
         raise ValueError(reason)
-    kernel = compile_source(source(spec))
+    kernel = compile_source(source(spec, share))
     dtype, stored = DTYPES[spec.dtype], DTYPES[spec.summary.stored]
     group, width, picks, packed = (
         spec.group,

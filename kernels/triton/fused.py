@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,17 @@ from .tiles import PRECISION, device_facts
 
 Fused = Callable[[Sequence[Tensor]], list[Tensor]]
 
+# Where weights are read: wider or narrower tiles, longer steps, more or fewer warps, less that is loaded ahead.
+LINEAR_CONFIGS: tuple[tuple[tuple[str, int], ...], ...] = (
+    (),
+    (("block_n", 32),),
+    (("block_k", 256),),
+    (("warps", 8),),
+    (("block_k", 64),),
+    (("warps", 2),),
+    (("stages", 3),),
+)
+
 
 def supports(spec: FusedSpec) -> str | None:
     """Why no Triton kernel can be generated for ``spec``, in one line for the user; None when one can."""
@@ -26,28 +38,37 @@ def supports(spec: FusedSpec) -> str | None:
     return None
 
 
-def program_of(spec: FusedSpec) -> Program:
-    """The launches of ``spec``."""
-    return Program(spec, config(spec))
+def program_of(spec: FusedSpec, **changes: int) -> Program:
+    """The launches of ``spec``; changes: of its ``FusedConfig``, by name."""
+    return Program(spec, replace(config(spec), **changes))
 
 
 def config(spec: FusedSpec) -> FusedConfig:
     """Launch choices: without a linear layer, a program takes a whole row, so that its statistics are known at once."""
-    if any(isinstance(step, Linear) for step in spec.steps):
+    if _has_linear(spec):
         return FusedConfig()
     widest = max(spec.widths()[out.value] for out in spec.outputs)
     return FusedConfig(columns=8192, warps=8 if widest > 2048 else 4, stages=1)
 
 
+def configs(spec: FusedSpec) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """The launch choices worth a try, the seed's first and one step from it in each direction behind it."""
+    return LINEAR_CONFIGS if _has_linear(spec) else ((), (("warps", 12 - config(spec).warps),))
+
+
+def _has_linear(spec: FusedSpec) -> bool:
+    return any(isinstance(step, Linear) for step in spec.steps)
+
+
 @lru_cache(maxsize=512)
-def generate(spec: FusedSpec) -> str:
-    """Triton source of ``spec``: ``phase_0``, ``phase_1`` ..., one for each launch."""
+def generate(spec: FusedSpec, **changes: int) -> str:
+    """Triton source of ``spec``: ``phase_0``, ``phase_1`` ..., one for each launch; changes as in ``program_of``."""
     return render_text(
         "fused.py.jinja",
         rows=spec.rows,
         listing=spec.listing(),
         parameters=parameters(spec),
-        phases=program_of(spec).phases,
+        phases=program_of(spec, **changes).phases,
     )
 
 
@@ -57,16 +78,15 @@ def parameters(spec: FusedSpec) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def fused(spec: FusedSpec) -> Fused:
+def fused(spec: FusedSpec, **changes: int) -> Fused:
     """The kernels of ``spec``: ``call(inputs) -> outputs``, as ``fused_reference.fused`` without the spec.
 
-    Raises ``ValueError`` for a spec that ``supports`` refuses, and at the call for an input with another dtype, number
-    of elements or, but for rows and tables, layout than the spec says.
+    changes: of the spec's ``FusedConfig``, by name. Raises ``ValueError`` for a spec that ``supports`` refuses, and at
+    the call for an input with another dtype, number of elements or, but for rows and tables, layout than the spec says.
     """
     if reason := supports(spec):
         raise ValueError(reason)
-    dtype, launch = DTYPES[spec.dtype], config(spec)
-    program = program_of(spec)
+    dtype, program = DTYPES[spec.dtype], program_of(spec, **changes)
     grids = [sum(job.programs for job in jobs) for jobs in program.phases]
     expected = []
     for item in spec.inputs:
@@ -87,13 +107,18 @@ def fused(spec: FusedSpec) -> Fused:
         device = given[0].device
         outputs = [torch.empty(out.shape, dtype=dtype, device=device) for out in spec.outputs]
         work = torch.empty(program.work, dtype=torch.float32, device=device)
-        module = load(generate(spec), "fused")
+        module = load(generate(spec, **changes), "fused")
         precision = PRECISION[device_facts(device)[0]]
         with torch.cuda.device_of(given[0]):
             for phase, programs in enumerate(grids):
                 kernel = getattr(module, f"phase_{phase}")
                 kernel[(programs,)](
-                    *given, work, *outputs, PRECISION=precision, num_warps=launch.warps, num_stages=program.stages
+                    *given,
+                    work,
+                    *outputs,
+                    PRECISION=precision,
+                    num_warps=program.config.warps,
+                    num_stages=program.stages,
                 )
         return outputs
 

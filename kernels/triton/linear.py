@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import fused_spec
 from ..fused_spec import FusedSpec, Input, Output
 from ..spec import DTYPES, LinearSpec
-from .fused import fused
+from .fused import LINEAR_CONFIGS, fused
 from .fused_program import MAX_ROWS
 from .source import TYPES
 
@@ -26,20 +26,28 @@ def supports(spec: LinearSpec) -> str | None:
     return None
 
 
+def configs(spec: LinearSpec) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """The launch choices worth a try, those of fused programs that read weights."""
+    return LINEAR_CONFIGS
+
+
 @lru_cache(maxsize=256)
-def linear(spec: LinearSpec) -> Linear:
+def linear(spec: LinearSpec, **changes: int) -> Linear:
     """The kernel of ``spec``: ``reference.linear`` for at most ``spec.rows`` rows.
 
     ``call(x, weights, biases) -> [y, ...]``: x ``[..., K]`` of any strides, weights ``[N, K]`` contiguous, biases
     ``[N]`` or None, all of the spec's dtype; y ``[..., N]`` contiguous. One kernel per shape is compiled, at its first
-    call. Raises ``ValueError`` for a spec that ``supports`` refuses and for x with too many rows.
+    call. changes: of its ``FusedConfig``, by name. Raises ``ValueError`` for a spec that ``supports`` refuses and for x
+    with too many rows.
     """
     if reason := supports(spec):
         raise ValueError(reason)
-    return partial(_linear, spec)
+    return partial(_linear, spec, changes)
 
 
-def _linear(spec: LinearSpec, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def _linear(
+    spec: LinearSpec, changes: dict[str, int], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
     k = x.shape[-1]
     rows = x.numel() // max(k, 1)
     if rows > spec.rows:
@@ -48,7 +56,7 @@ def _linear(spec: LinearSpec, x: Tensor, weights: Sequence[Tensor], biases: Sequ
     if not rows:
         return [x.new_empty((*x.shape[:-1], n)) for n in widths]
     biased = tuple(bias is not None for bias in biases)
-    program = fused(_program(spec.dtype, rows, k, widths, biased))
+    program = fused(_program(spec.dtype, rows, k, widths, biased), **changes)
     results = program([x.to(DTYPES[spec.dtype]), *weights, *(bias for bias in biases if bias is not None)])
     return [y.view(*x.shape[:-1], n) for y, n in zip(results, widths, strict=True)]
 

@@ -61,6 +61,13 @@ def tile(spec: SelectionSpec) -> tuple[int, int]:
     return (32, 8) if "float32" in (spec.dtype, spec.summary.stored) else (64, 4)
 
 
+def configs(spec: SelectionSpec) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """The launch choices of the scores worth a try, the seed's first: other tiles, and other warps for its own."""
+    size, warps = tile(spec)
+    sizes = [other for other in (size // 2, size * 2) if 16 <= other <= 128]
+    return (), *((("block_n", other),) for other in sizes), (("warps", 12 - warps),)
+
+
 def step(blocks: int) -> tuple[int, int]:
     """Blocks that one step of the choice holds in registers, and its warps: two kernels, however a cache grows."""
     return (1024, 4) if blocks <= FEW_BLOCKS else (8192, 8)
@@ -104,16 +111,17 @@ def choice(spec: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def select(spec: SelectionSpec) -> Select:
+def select(spec: SelectionSpec, block_n: int | None = None, warps: int | None = None) -> Select:
     """The selection of ``spec``: ``selection_reference.select`` without its first argument.
 
-    ``call(q, summary, lens, first=None, channels=None) -> index``; lens on the CPU, q of any strides. Raises
-    ``ValueError`` for a spec that ``supports`` refuses; the returned function raises it for a summary with too few
-    rows, or with another dtype or layout than the spec's.
+    ``call(q, summary, lens, first=None, channels=None) -> index``; lens on the CPU, q of any strides. block_n, warps:
+    of a tile of scores; None takes those of ``tile``. Raises ``ValueError`` for a spec that ``supports`` refuses; the
+    returned function raises it for a summary with too few rows, or with another dtype or layout than the spec's.
     """
     if reason := supports(spec):
         raise ValueError(reason)
-    return partial(_select, spec, False)
+    size, usual = tile(spec)
+    return partial(_select, spec, False, block_n or size, warps or usual)
 
 
 @lru_cache(maxsize=1024)
@@ -121,12 +129,14 @@ def scores(spec: SelectionSpec) -> Select:
     """The scores alone, from the same kernels: ``selection_reference.scores`` without its first argument."""
     if reason := supports(spec):
         raise ValueError(reason)
-    return partial(_select, spec, True)
+    return partial(_select, spec, True, *tile(spec))
 
 
 def _select(
     spec: SelectionSpec,
     scored: bool,
+    size: int,
+    warps: int,
     q: Tensor,
     summary: Tensor,
     lens: Tensor,
@@ -161,7 +171,6 @@ def _select(
         values["logits"] = q.new_empty((batch, heads, n * spec.group, rows), dtype=torch.float32)
     _, processors = device_facts(q.device)
     module = load(generate(spec), "selection")
-    size, warps = tile(spec)
     each, step_warps = step(blocks)
     splits = split_count(rows, size, batch * heads, processors)
     with torch.cuda.device_of(q):

@@ -85,7 +85,7 @@ class AttentionLowering:
                 self._lower_append(site, plan)
             for lowered in self.sites[before:]:
                 lowered.gate = judged.text
-        return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines)
+        return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines, self.chooser.compared)
 
     def _whole(self, site: AttentionSite, plan: SitePlan) -> SitePlan:
         """The plan, without what needs all tokens where some are not stored."""

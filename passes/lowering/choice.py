@@ -14,7 +14,10 @@ from torchaccel.cost.shape import AttentionShape
 
 
 class Chooser:
-    """The choices of one compilation; equal sites are decided once."""
+    """The choices of one compilation; equal sites are decided once.
+
+    compared: specs and shapes of the kernels that verdicts are about.
+    """
 
     def __init__(self, device: torch.device, facts: DeviceFacts | None = None, tuned: Tuned | None = None):
         """facts: what the device can do; None takes every kernel's seed, the first of its candidates."""
@@ -22,6 +25,7 @@ class Chooser:
         self.facts = facts
         self.tuned = tuned
         self._plans: dict[tuple[AttentionSpec, AttentionShape], Plan] = {}
+        self.compared: list[tuple[AttentionSpec, AttentionShape]] = []
         self._verdicts: dict[tuple[AttentionSpec, AttentionSpec, AttentionShape], Verdict] = {}
 
     def plan(self, spec: AttentionSpec, shape: AttentionShape) -> Plan:
@@ -42,6 +46,7 @@ class Chooser:
             return None
         key = asked, exact, shape
         if key not in self._verdicts:
+            self.compared += [(asked, shape), (exact, shape)]
             self._verdicts[key] = gate(asked, exact, shape, self.facts, self.tuned)
         return self._verdicts[key]
 

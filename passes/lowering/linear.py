@@ -34,7 +34,7 @@ def lower_linear(graph: Graph, device: torch.device) -> int:
             continue
         # Weights and biases are graph inputs, so the first of the group is late enough for all of them.
         with graph.inserting_before(min(nodes, key=order.__getitem__)):
-            call = graph.call_function(torch.ops.torchaccel.linear_rows.default, (x, weights, biases, dtype))
+            call = graph.call_function(torch.ops.torchaccel.linear_rows.default, (x, weights, biases, spec.key()))
             results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(nodes))]
         for node, result in zip(nodes, results, strict=True):
             result.meta = dict(node.meta)

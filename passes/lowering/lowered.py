@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchaccel.kernels.spec import AttentionSpec
+
+from torchaccel.cost.shape import AttentionShape
 from torchaccel.runtime.bindings import Bindings
 
 from ..base import Decline
@@ -33,9 +36,13 @@ class LoweredSite:
 
 @dataclass
 class Lowered:
-    """The rewritten graph's signature, the example inputs of its new placeholders, and a line per site."""
+    """The rewritten graph's signature, the example inputs of its new placeholders, and a line per site.
+
+    compared: lossy attention and exact attention whose times the gate asked for; a tuner measures both.
+    """
 
     bindings: Bindings
     inputs: list[Any]
     sites: list[LoweredSite] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)
+    compared: list[tuple[AttentionSpec, AttentionShape]] = field(default_factory=list)

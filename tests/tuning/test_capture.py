@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torchaccel.kernels.fused_spec import FusedSpec
 from torchaccel.kernels.spec import AttentionSpec, LinearSpec
 
 import torchaccel
@@ -46,7 +47,7 @@ def attention(tasks: list[Task], phase: str) -> list[Task]:
 
 
 def test_a_language_model_needs_its_prompts_and_its_steps_kernels(model: Any) -> None:
-    # Without fusion: a fused kernel has no alternatives to tune.
+    # Without fusion, every linear layer is a kernel of its own.
     tasks = capture_tasks(model, torch.zeros(2, 2048, dtype=torch.int64), {"fusion": False})
     (decode,) = attention(tasks, "decode")
     assert dict(decode.shape) == {"B": 2, "H_kv": 2, "Q": 1, "S": 2048}
@@ -60,8 +61,48 @@ def test_a_language_model_needs_its_prompts_and_its_steps_kernels(model: Any) ->
 
 def test_the_options_decide_which_kernels(model: Any) -> None:
     tasks = capture_tasks(model, torch.zeros(1, 300, dtype=torch.int64), {"kv_compression": "int8"})
+    # The exact kernel, too: the gate compares both.
+    kinds = {task.spec.key_format.kind for task in attention(tasks, "decode") if isinstance(task.spec, AttentionSpec)}
+    assert kinds == {"int8", "dense"}
+
+
+def test_fused_programs_are_tasks_of_their_own(model: Any) -> None:
+    tasks = capture_tasks(model, torch.zeros(2, 64, dtype=torch.int64), None)
+    fused = [task for task in tasks if isinstance(task.spec, FusedSpec)]
+    # The first projections, what stands between two attentions, and what ends the model.
+    assert len(fused) == 3 and all(dict(task.shape) == {"M": 2} for task in fused)
+    # The mask of an attention, the rows of a layer: nothing is listed twice.
+    assert len(tasks) == len({(task.spec, tuple(task.shape.items())) for task in tasks})
+
+
+def test_rows_of_one_prompt_need_a_kernel_for_it_and_one_for_their_own_tokens(model: Any) -> None:
+    inputs = torch.zeros(6, 300, dtype=torch.int64)
+    plain = capture_tasks(model, inputs, None)
+    more = [task for task in capture_tasks(model, inputs, None, shared_prompt=True) if task not in plain]
+    assert [dict(task.shape) for task in more] == [
+        {"B": 1, "H_kv": 2, "S": 300, "Q": 6},
+        {"B": 6, "H_kv": 2, "S": 300, "Q": 1},
+    ]
+    prefix, own = (task.spec for task in more)
+    assert isinstance(prefix, AttentionSpec) and isinstance(own, AttentionSpec)
+    assert prefix.lse and prefix == own
+    alone = torch.zeros(1, 300, dtype=torch.int64)
+    assert capture_tasks(model, alone, None, shared_prompt=True) == capture_tasks(model, alone, None)
+
+
+def test_a_language_model_is_traced_as_generate_calls_it(model: Any) -> None:
+    tasks = capture_tasks(model, torch.zeros(2, 64, dtype=torch.int64), {"fusion": False})
     (decode,) = attention(tasks, "decode")
-    assert isinstance(decode.spec, AttentionSpec) and decode.spec.key_format.kind == "int8"
+    assert isinstance(decode.spec, AttentionSpec) and decode.spec.mask == "bool"
+
+
+def test_many_sizes_are_captured_one_after_another(model: Any) -> None:
+    # Dynamo would run the fifth eagerly, and trace the second batch size as any size.
+    sizes = [(1, 40), (2, 40), (3, 50), (4, 60), (5, 70)]
+    for batch, tokens in sizes:
+        tasks = capture_tasks(model, torch.zeros(batch, tokens, dtype=torch.int64), {"fusion": False})
+        (decode,) = attention(tasks, "decode")
+        assert dict(decode.shape) == {"B": batch, "H_kv": 2, "Q": 1, "S": tokens}
 
 
 def test_a_mask_is_given_as_the_model_takes_it(model: Any) -> None:

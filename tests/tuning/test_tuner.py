@@ -30,6 +30,7 @@ from tests.tuning.support import (
     SHAPE,
     SLOW,
     WRONG,
+    timing,
 )
 from torchaccel.errors import TuningError
 from torchaccel.tuning.cache import TuningCache
@@ -142,9 +143,19 @@ def test_effort_says_how_many_candidates(cache: TuningCache, effort: str, count:
     pauses = [Candidate("composed", (("pause_ms", pause),)) for pause in range(6)]
     steps = Steps()
     summary = tuner(cache, *pauses, effort=effort, budget=-1.0).run([TASK], steps)
-    assert (summary.measured, summary.left, steps.steps) == (0, count, count)
-    assert [line.rpartition(" ")[2] for line in steps.done] == [pause.key() for pause in pauses[:count]]
-    assert cache.records() == ()
+    # The budget is spent before the first: none is begun.
+    assert (summary.measured, summary.left, steps.steps, steps.done) == (0, count, count, [])
+    key = Key.of(LINEAR, SHAPE, fingerprint(CPU))
+    cache.add(*(timing(pause.key(), key=key) for pause in pauses[:count]))
+    again = tuner(cache, *pauses, effort=effort, budget=-1.0).run([TASK], steps)
+    assert (again.known, again.left, steps.steps) == (count, 0, 0)
+
+
+def test_progress_names_what_is_being_measured(cache: TuningCache) -> None:
+    steps = Steps()
+    tuner(cache, BROKEN, GOOD).run([TASK], steps)
+    names = [BROKEN.key(), GOOD.key()]
+    assert steps.steps == 2 and steps.done == [f"linear M=1 K=8 N=8 (float32) {name}" for name in names]
 
 
 def test_an_unknown_effort_is_named(cache: TuningCache) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .console import results_console, usage_errors
 from .tune import CachePath
@@ -27,7 +26,7 @@ def show(
 ) -> None:
     """Where the cache lies, and what is in it."""
     from ..tuning import exchange
-    from ..tuning.record import Timing
+    from .records import records_table
 
     found = _open(path)
     records = found.records()
@@ -35,13 +34,8 @@ def show(
         print(exchange.to_text(records))
         return
     out = results_console(sys.stdout)
-    table = Table("kernel", "shape", "device", "candidate", "ms", "failure")
-    for record in sorted(records, key=lambda r: (r.key.kernel, r.key.spec, r.key.bucket, r.candidate)):
-        outcome = record.outcome
-        ms, failure = (f"{outcome.median_ms:.3f}", "") if isinstance(outcome, Timing) else ("", outcome.kind)
-        shape = record.key.bucket.replace(",", " ")
-        table.add_row(record.key.kernel, shape, record.key.fingerprint.device, record.candidate, ms, failure)
-    out.print(table)
+    if records:
+        out.print(records_table(records))
     out.print(f"{found.path}: {len(records)} results", highlight=False)
 
 

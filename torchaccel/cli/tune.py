@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .console import deliver, interruptible, progress_bar, results_console, streams, usage_errors
-from .parameters import Device, Dtype, JsonOut, Model
+from .parameters import Device, Dtype, JsonOut, Model, Quiet
+
+if TYPE_CHECKING:
+    from ..tuning.tuner import Summary
 
 Shapes = Annotated[str, typer.Option(help="Prompts as batch x tokens, with commas between them: 1x32768,8x4096.")]
 CachePath = Annotated[
@@ -26,32 +28,63 @@ def tune(
     effort: Annotated[str, typer.Option(help="quick (the likeliest candidates) or full (all).")] = "quick",
     budget: Annotated[str, typer.Option(help="Time after which nothing new is begun: 120s, 10min, none.")] = "120s",
     options: OptionsJson = "{}",
+    shared_prompt: Annotated[
+        bool, typer.Option("--shared-prompt", help="Also for rows that continue one prompt, stored once.")
+    ] = False,
     cache: CachePath = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quiet: Quiet = False,
     json_out: JsonOut = None,
 ) -> None:
     """Measure the kernels a model needs on this machine; results are kept at once, and a second run goes on."""
+    from ..evaluation.timing import LoadWatch, require_quiet
     from ..evaluation.variants import parse_options
+    from .records import records_table
 
     with streams(json_out) as (stdout, console), usage_errors(console):
         sizes, seconds, given = read_shapes(shapes), read_seconds(budget), dict(parse_options(options))
         if cache is not None:
             given["cache"] = str(cache)
+        if quiet:
+            require_quiet()
+        watch = LoadWatch()
         with (
             interruptible(console, "what was measured is kept; the same command goes on"),
             progress_bar(console) as bar,
+            watch.watching(),
         ):
-            found = _run(model, sizes, effort, seconds, given, device, dtype, bar)
+            path, summary = _run(model, sizes, effort, seconds, given, shared_prompt, device, dtype, bar)
+        load = watch.result()
         if json_out != "-":
             out = results_console(stdout)
-            out.print(_table(found["results"]))
-            out.print(
-                f"{found['measured']} measured, {found['failed']} failed, {found['known']} known before, "
-                f"{found['left']} left for another run; {found['seconds']:.0f} s",
-                highlight=False,
-            )
-        deliver(found, json_out, stdout)
+            if summary.records:
+                out.print(records_table(summary.records))
+            for line in _lines(path, summary, busy=load["busy"]):
+                out.print(line, highlight=False)
+        found = {name: value for name, value in vars(summary).items() if name != "records"}
+        results = [record.to_dict() for record in summary.records]
+        deliver({"cache": str(path), **found, **load, "results": results}, json_out, stdout)
+
+
+def _lines(path: Path, summary: Summary, *, busy: bool) -> list[str]:
+    """What was done, where it is kept, and what may be wrong with it."""
+    found = [
+        f"{summary.measured} measured, {summary.failed} failed, {summary.known} known before, {summary.left} left, "
+        f"in {summary.seconds:.0f} s"
+    ]
+    if summary.stored:
+        found.append(f"kept in {path}, where every compilation on this machine looks")
+    else:
+        found.append(f"{path} could not be written: these results are lost")
+    if summary.left:
+        found.append("the budget was spent: the same command goes on with what is left")
+    if busy and summary.measured:
+        found.append(
+            "other processes used the machine meanwhile: choices between one thread and several may be wrong; "
+            "torchaccel cache prune --older-than 0 forgets them"
+        )
+    return found
 
 
 def _run(
@@ -60,10 +93,11 @@ def _run(
     effort: str,
     budget: float | None,
     options: dict[str, Any],
+    shared_prompt: bool,
     device: str,
     dtype: str,
     progress: Any,
-) -> dict[str, Any]:
+) -> tuple[Path, Summary]:
     import torch
 
     from ..capture import capture_tasks
@@ -78,41 +112,12 @@ def _run(
     tasks = []
     for batch, tokens in sizes:
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device=loaded.model.device)
-        tasks += capture_tasks(loaded.model, ids, options)
+        tasks += capture_tasks(loaded.model, ids, options, shared_prompt=shared_prompt)
     if not tasks:
         raise TuningError(f"no kernel of torchaccel's was found in {name} for these options; see torchaccel.explain")
     cache = TuningCache(resolve(options).cache or default_path())
     tuner = Tuner(cache, loaded.model.device, effort=effort, budget=budget)  # type: ignore[arg-type]
-    summary = tuner.run(tasks, progress)
-    return {
-        "cache": str(cache.path),
-        "measured": summary.measured,
-        "failed": summary.failed,
-        "known": summary.known,
-        "left": summary.left,
-        "stored": summary.stored,
-        "seconds": summary.seconds,
-        "results": [record.to_dict() for record in summary.records],
-    }
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("kernel", "shape", "candidate", "ms", "result")
-    best: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if "timing" in row:
-            key = row["key"]["spec"], row["key"]["bucket"]
-            best[key] = min(best.get(key, float("inf")), row["timing"]["median_ms"])
-    for row in sorted(rows, key=lambda row: (row["key"]["kernel"], row["key"]["spec"], row["key"]["bucket"])):
-        kernel, shape = row["key"]["kernel"], row["key"]["bucket"].replace(",", " ")
-        if "timing" in row:
-            ms = row["timing"]["median_ms"]
-            fastest = "fastest" if ms == best[row["key"]["spec"], row["key"]["bucket"]] else ""
-            table.add_row(kernel, shape, row["candidate"], f"{ms:.3f}", fastest)
-        else:
-            failure = row["failure"]
-            table.add_row(kernel, shape, row["candidate"], "", f"{failure['kind']}: {failure['message'][:80]}")
-    return table
+    return cache.path, tuner.run(tasks, progress)
 
 
 def read_shapes(text: str) -> list[tuple[int, int]]:

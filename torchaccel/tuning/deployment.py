@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.fx import Graph
 
 from torchaccel.calibration.plan import CalibrationPlan, plan_from_bytes
 from torchaccel.cost.facts import DeviceFacts
@@ -20,9 +19,8 @@ from .bundle import Bundle, read_bundle
 from .cache import TuningCache, default_path
 from .fingerprint import fingerprint
 from .record import Record
-from .tasks import tasks_in
 from .tuned import Tuned
-from .tuner import Effort, Tuner
+from .tuner import Effort, Task, Tuner
 
 # What the option "tune" may spend on one graph while it is compiled.
 BUDGET_SECONDS = 120.0
@@ -79,13 +77,10 @@ class Deployment:
         except (TypeError, ValueError):
             return None  # of another version of torchaccel
 
-    def tune(self, graph: Graph, tokens: int | None, cache: Path | None, effort: Effort, device: torch.device) -> bool:
-        """Measure the kernels of a rewritten graph that the cache does not know; whether anything is known now.
-
-        tokens: how many tokens its KV cache holds, None for graphs without one.
-        """
+    def tune(self, tasks: Sequence[Task], cache: Path | None, effort: Effort, device: torch.device) -> bool:
+        """Measure the kernels of a rewritten graph that the cache does not know; whether anything is known now."""
         tuner = Tuner(TuningCache(cache or default_path()), device, effort=effort, budget=BUDGET_SECONDS)
-        return bool(tuner.run(tasks_in(graph, tokens)).records)
+        return bool(tuner.run(tasks).records)
 
 
 def _bring(path: Path, trust: bool, device: torch.device) -> Brought:

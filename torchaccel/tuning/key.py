@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .fingerprint import Fingerprint
@@ -20,9 +20,9 @@ BUCKETED = ("B", "M", "Q", "S")
 class Key:
     """One entry of the cache; equal keys, comparable timings.
 
-    kernel: "decode_attention", "prefill_attention" or "linear". spec: canonical JSON of the frozen spec, which holds
-    dtypes, formats, head sizes and modifiers. bucket: canonical text of the bucketed shape, "B=1,H_kv=4,Q=1,S=32768".
-    fingerprint: device and versions.
+    kernel: a name of ``candidates.KERNELS``, such as "decode_attention", "linear" or "fused". spec: canonical JSON of
+    the frozen spec, which holds dtypes, formats, head sizes and modifiers. bucket: canonical text of the bucketed
+    shape, "B=1,H_kv=4,Q=1,S=32768". fingerprint: device and versions.
     """
 
     kernel: str
@@ -32,10 +32,10 @@ class Key:
 
     @staticmethod
     def of(spec: Spec, shape: Mapping[str, int], fingerprint: Fingerprint) -> Key:
-        """The key of a spec at a shape (symbols B, H_kv, Q, S for attention; M, K, N for linear layers)."""
+        """The key of a spec at a shape (B, H_kv, Q, S for attention and selection; M, K, N for linear; M for fused)."""
         from torchaccel.kernels.candidates import kernel_name
 
-        return Key(kernel_name(spec), spec_key(spec), bucket(shape), fingerprint)
+        return Key(kernel_name(spec), spec.key(), bucket(shape), fingerprint)
 
     def to_dict(self) -> dict[str, str | int]:
         """All fields, those of the fingerprint beside the others, as JSON values."""
@@ -60,13 +60,6 @@ class Key:
             for name in dict.fromkeys([*mine, *theirs])
             if mine.get(name) != theirs.get(name)
         ]
-
-
-def spec_key(spec: Spec) -> str:
-    """Canonical JSON of a spec."""
-    from torchaccel.kernels.spec import named
-
-    return json.dumps(named(asdict(spec)), sort_keys=True, separators=(",", ":"))
 
 
 def representative(shape: Mapping[str, int]) -> dict[str, int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from torchaccel.cost.choose import GAIN
 from torchaccel.cost.shape import LinearShape, Shape
 from torchaccel.errors import CacheMissError, CacheWarning
 from torchaccel.kernels.candidates import Candidate, Spec
@@ -17,7 +18,7 @@ from torchaccel.kernels.spec import AttentionSpec
 
 from .cache import TuningCache, default_path, outcomes
 from .fingerprint import Fingerprint, fingerprint
-from .key import Key, bucket, nearest, parse_bucket, spec_key
+from .key import Key, bucket, nearest, parse_bucket
 from .record import Failure, Record, Timing
 
 
@@ -79,10 +80,32 @@ class Tuned:
         outcome = self._outcomes(spec, shape).get(candidate.key())
         return outcome if isinstance(outcome, Failure) else None
 
-    def _outcomes(self, spec: Spec, shape: Shape) -> Mapping[str, Timing | Failure]:
-        found = self._found.get((spec_key(spec), bucket(sizes(spec, shape))))
+    def fastest(self, spec: Spec, shape: Mapping[str, int], choices: Sequence[Candidate]) -> Candidate:
+        """The fastest of ``choices`` that was measured; the first that did not fail where none was.
+
+        ``shape`` may lack S, where a choice is made for all lengths: what counts is the longest that was measured. Of
+        candidates within 5 % the first is taken.
+        """
+        found = self._outcomes(spec, self._longest(spec, shape))
+        able = [choice for choice in choices if not isinstance(found.get(choice.key()), Failure)] or list(choices)
+        timings = {choice: found.get(choice.key()) for choice in able}
+        measured = {choice: t.median_ms for choice, t in timings.items() if isinstance(t, Timing)}
+        if not measured:
+            return able[0]
+        return next(choice for choice, ms in measured.items() if ms <= GAIN * min(measured.values()))
+
+    def _longest(self, spec: Spec, shape: Mapping[str, int]) -> Mapping[str, int]:
+        """``shape``, with the largest S among the entries of ``spec`` that are otherwise of its bucket."""
+        mine = _without_length(parse_bucket(bucket(shape)))
+        tuned = [parse_bucket(text) for key, text in self._found if key == spec.key()]
+        lengths = [other["S"] for other in tuned if "S" in other and _without_length(other) == mine]
+        return {**shape, "S": max(lengths)} if lengths else shape
+
+    def _outcomes(self, spec: Spec, shape: Shape | Mapping[str, int]) -> Mapping[str, Timing | Failure]:
+        of = shape if isinstance(shape, Mapping) else sizes(spec, shape)
+        found = self._found.get((spec.key(), bucket(of)))
         if found is None and self._assert_hit:
-            key = Key.of(spec, sizes(spec, shape), self._own)
+            key = Key.of(spec, of, self._own)
             if (key.spec, _without_length(parse_bucket(key.bucket))) not in self._tuned_specs:
                 raise CacheMissError(self._difference(key))
         return found or {}
@@ -92,7 +115,7 @@ class Tuned:
         asked = f"TORCHACCEL_ASSERT_CACHE_HIT is set, and {self._source} has no entry for {key.kernel} {key.bucket}"
         if other is None:
             return f"{asked}; it is empty: run torchaccel tune"
-        lines = "\n  ".join(key.differences(other))
+        lines = "\n  ".join(line for line in key.differences(other) if not line.startswith("bucket.S:"))
         return f"{asked} {key.spec}\nThe nearest entry differs in\n  {lines}\nRun torchaccel tune for this one"
 
 

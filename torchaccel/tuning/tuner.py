@@ -19,6 +19,7 @@ from .child import Child, Crashed, Hung
 from .fingerprint import fingerprint
 from .key import Key, parse_bucket, representative
 from .record import Failure, Record, Timing
+from .words import words
 
 Effort = Literal["none", "quick", "full"]
 WORKER = ("-m", "torchaccel.tuning.worker")
@@ -28,14 +29,17 @@ LIMIT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """A spec to tune, at a shape (B, H_kv, Q, S for decode; B, H_kv, S for prefill; M, K, N for linear)."""
+    """A spec to tune, at a shape.
+
+    B, H_kv, Q, S for decode and select; B, H_kv, S for prefill; M, K, N for linear; M for fused.
+    """
 
     spec: Spec
     shape: Mapping[str, int]
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
-        return f"{registry.kernel_name(self.spec)} {sizes}"
+        return f"{registry.kernel_name(self.spec)} {sizes} ({words(self.spec)})"
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,10 @@ class Progress(Protocol):
     """Told how far the work is."""
 
     def begin(self, steps: int) -> None:
-        """There are ``steps`` candidates."""
+        """There are ``steps`` candidates to measure."""
 
     def advance(self, doing: str) -> None:
-        """One more is done; ``doing`` is what comes next."""
+        """The next one is begun: ``doing``."""
 
 
 class Tuner:
@@ -123,7 +127,7 @@ class Tuner:
         summary = Summary()
         work = [(task, self._key(task), self._selected(task)) for task in _distinct(tasks)]
         if progress is not None:
-            progress.begin(sum(len(selected) for _, _, selected in work))
+            progress.begin(sum(len(self._missing(key, selected)) for _, key, selected in work))
         try:
             for task, key, selected in work:
                 mine: dict[str, Timing | Failure] = {}
@@ -135,6 +139,8 @@ class Tuner:
                     elif self._budget is not None and time.monotonic() - began > self._budget:
                         summary.left += 1
                     else:
+                        if progress is not None:
+                            progress.advance(f"{task} {candidate.key()}")
                         outcome = mine[candidate.key()] = self._measure(key, candidate, known)
                         summary.measured += isinstance(outcome, Timing)
                         summary.failed += isinstance(outcome, Failure)
@@ -142,8 +148,6 @@ class Tuner:
                         if not self._cache.add(record):
                             summary.stored = False
                             summary.records.append(record)
-                    if progress is not None:
-                        progress.advance(f"{task} {candidate.key()}")
         finally:
             if self._child is not None:
                 self._child.close()
@@ -152,6 +156,10 @@ class Tuner:
         summary.records += [r for r in self._cache.records(fingerprint(self._device)) if r.key in keys]
         summary.seconds = time.monotonic() - began
         return summary
+
+    def _missing(self, key: Key, selected: Sequence[Candidate]) -> list[Candidate]:
+        known = self._cache.of(key)
+        return [candidate for candidate in selected if candidate.key() not in known]
 
     def _key(self, task: Task) -> Key:
         return Key.of(task.spec, task.shape, fingerprint(self._device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 
 from torchaccel.kernels import problem
-from torchaccel.kernels.candidates import Candidate, Spec
-from torchaccel.kernels.spec import AttentionSpec, LinearSpec
+from torchaccel.kernels.candidates import Candidate, Spec, spec_from_key
 
 from .check import WrongResultError, check
 from .clock import Clock
@@ -44,7 +42,7 @@ class Workbench:
     def _task(self, request: dict[str, Any]) -> dict[str, Any]:
         self._args, self._clock = None, None
         self._built.clear()
-        self._spec = read_spec(request["kernel"], request["spec"])
+        self._spec = spec_from_key(request["kernel"], request["spec"])
         self._shape, self._device = request["shape"], torch.device(request["device"])
         return {}
 
@@ -92,11 +90,6 @@ class Workbench:
             assert self._spec is not None
             self._built[name] = self._build(self._spec, Candidate.from_key(name))
         return self._built[name]
-
-
-def read_spec(kernel: str, text: str) -> Spec:
-    """The spec of a kernel from its canonical JSON."""
-    return LinearSpec(**json.loads(text)) if kernel == "linear" else AttentionSpec.from_key(text)
 
 
 def _failure(kind: str, error: Exception) -> dict[str, Any]:

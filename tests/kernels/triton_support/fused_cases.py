@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torchaccel.kernels import fused_reference
 from torchaccel.kernels.fused_spec import Activation, Add, FusedSpec, Gather, Linear, Multiply, Norm
-from torchaccel.kernels.triton.fused import fused
+from torchaccel.kernels.triton.fused import configs, fused
 
 from tests.kernels.fused_cases import Builder, between_attentions, layer_norm_mlp, packed_heads, tensors
 
@@ -20,13 +20,14 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
 
 @dataclass(frozen=True)
 class FusedCase:
-    """A program of ``make`` and what is done to its inputs before it runs."""
+    """A program of ``make`` and what is done to its inputs before it runs; choices: with each of its configs."""
 
     name: str
     make: Callable[..., FusedSpec]
     dtype: str = "bfloat16"
     rows: int = 2
     function: str = ""
+    choices: bool = False
 
     def spec(self) -> FusedSpec:
         """The spec of the case."""
@@ -60,6 +61,8 @@ FUSED_CASES = [
     FusedCase("fused_packed_heads_bfloat16", packed_heads, rows=6),
     FusedCase("fused_add_norm", add_norm, rows=42),
     FusedCase("fused_thresholds", thresholds, "float32"),
+    FusedCase("fused_choices", between_attentions, "float32", 3, choices=True),
+    FusedCase("fused_choices_of_one_launch", add_norm, rows=6, choices=True),
 ]
 
 
@@ -78,10 +81,11 @@ def run_fused_case(case: FusedCase, device: torch.device) -> str | None:
     if spec.inputs[0].kind == "rows":
         # Any strides.
         given[0] = given[0].T.contiguous().T
-    got = fused(spec)([x.to(device) for x in given])
-    for place, (x, y) in enumerate(zip(got, expected, strict=True)):
-        if x.shape != y.shape or x.dtype != y.dtype or not x.is_contiguous():
-            return f"output {place} is {x.dtype} {list(x.shape)}"
-        if found := difference(f"output {place}", x.cpu(), y, TOLERANCE[case.dtype]):
-            return found
+    for changes in configs(spec) if case.choices else ((),):
+        got = fused(spec, **dict(changes))([x.to(device) for x in given])
+        for place, (x, y) in enumerate(zip(got, expected, strict=True)):
+            if x.shape != y.shape or x.dtype != y.dtype or not x.is_contiguous():
+                return f"output {place} is {x.dtype} {list(x.shape)} with {dict(changes)}"
+            if found := difference(f"output {place} with {dict(changes)}", x.cpu(), y, TOLERANCE[case.dtype]):
+                return found
     return None

@@ -27,7 +27,10 @@ class SummaryCase:
 
 @dataclass(frozen=True)
 class SelectionCase:
-    """A choice among ``length`` slots by ``queries`` tokens; whole numbers are summed exactly, and give many ties."""
+    """A choice among ``length`` slots by ``queries`` tokens; whole numbers are summed exactly, and give many ties.
+
+    choices: with each of its configs.
+    """
 
     name: str
     spec: SelectionSpec
@@ -36,6 +39,7 @@ class SelectionCase:
     whole: bool = True
     start: int = 0
     padded: bool = True
+    choices: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ SELECTION_CASES = [
         "bounds_mass", SelectionSpec(_pages("minmax", 123, "float16"), 1, "float16", 14, mass=0.5, scale=0.05), 530
     ),
     SelectionCase(
-        "bounds_mixed", SelectionSpec(SummarySpec("minmax", 6, "bfloat16", "float32", 16), 7, "bfloat16", 3), 123
+        "bounds_mixed",
+        SelectionSpec(SummarySpec("minmax", 6, "bfloat16", "float32", 16), 7, "bfloat16", 3),
+        123,
+        choices=True,
     ),
     SelectionCase(
         "mean_softmax",
@@ -185,8 +192,11 @@ def run_selection_case(case: SelectionCase, device: torch.device) -> str | None:
     expected = selection_reference.choose(spec, scores, begin[:, None], end)
     if case.whole and not torch.equal(expected, selection_reference.select(spec, *args)):
         return "the scores order the blocks in another way"
-    got = selection.select(spec)(*moved).cpu()
-    return None if torch.equal(got, expected) else f"chose {got.tolist()} instead of {expected.tolist()}"
+    for changes in selection.configs(spec) if case.choices else ((),):
+        got = selection.select(spec, **dict(changes))(*moved).cpu()
+        if not torch.equal(got, expected):
+            return f"chose {got.tolist()} instead of {expected.tolist()} with {dict(changes)}"
+    return None
 
 
 def run_prompt_case(case: PromptCase, device: torch.device) -> str | None:
