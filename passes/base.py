@@ -13,6 +13,7 @@ from torchaccel.kernels.spec import KVFormat
 
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
+from torchaccel.runtime.selection import Selection
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -52,6 +53,7 @@ class Reason(Enum):
     UNALIGNED_CAUSAL = "causal attention of several new tokens over a cache without a mask"
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
+    EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
     SLOWER = "the cost model predicts that it is slower than the exact site at every length; gate=False keeps it"
@@ -92,15 +94,18 @@ class MethodOptions(BaseModel):
 class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
-    formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. keep: node int64
-    ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
-    nothing of its cache is stored.
+    formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. selection: which
+    of them a step reads, None for all; leader: index of the site whose lists, and whose choice of the tokens that stay,
+    this one shares. keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer
+    never runs in later phases, so nothing of its cache is stored.
     """
 
     window: int | None = None
     sinks: int = 0
     formats: tuple[KVFormat, KVFormat] | None = None
     eviction: Eviction | None = None
+    selection: Selection | None = None
+    leader: int | None = None
     keep: Node | None = None
     dropped: bool = False
 

@@ -17,14 +17,16 @@ from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, StoreBinding
+from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.kv import LogicalKV, prefix_names
 from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
-from .gate import Gate, Judgement
+from .gate import Gate, Judgement, listed
 from .lowered import Lowered, LoweredSite
 from .prompt_outputs import prompt_outputs
+from .retrieval import Retrieval
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -54,6 +56,9 @@ class AttentionLowering:
         self.gate = Gate(self.chooser, self._spec, gate)
         self.graph: Graph = context.graph
         self.signature = Signature(self.graph, example_inputs)
+        self.retrieval = Retrieval(self.graph, self.signature)
+        # Of the sites whose prompts are stored: which of the stores it is.
+        self.stores: dict[int, int] = {}
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
 
@@ -86,8 +91,11 @@ class AttentionLowering:
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past
         if past is not None and isinstance(_fake(past), LogicalKV):
-            plan = replace(plan, formats=None)  # it was judged when the cache was made
-        if plan.formats is None and plan.window is None:
+            plan = replace(plan, formats=None, selection=None)  # they were judged when the cache was made
+        if plan.selection is not None and plan.eviction is not None and not plan.eviction.grows:
+            self.declines.append(Decline(site.name, Reason.EVICTING_STEPS, type(plan.eviction).__name__))
+            plan = replace(plan, selection=None)
+        if plan.formats is None and plan.window is None and plan.selection is None:
             return Judgement(plan, (), "")
         batch = _size(_fake(site.q).shape[0])
         judged = self.gate.judge(site, plan, self.context.anatomy.phase, batch, len(self.context.anatomy.attentions))
@@ -132,8 +140,9 @@ class AttentionLowering:
         plain = KVFormat("empty" if plan.dropped else "dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (plain, plain) if plan.dropped or plan.formats is None else plan.formats
         pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
+        selection = plan.selection if plan.leader is None and not plan.dropped else None
         return (
-            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction),
+            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction, selection=selection),
             Layout(values, pruned=pruned, eviction=plan.eviction),
         )
 
@@ -191,10 +200,12 @@ class AttentionLowering:
         elif plan.dropped:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
-        if plan.eviction is not None and not plan.dropped:
+        if (plan.eviction is not None or plan.selection is not None) and not plan.dropped:
             layer = site.index if site.layer is None else site.layer
             count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
-            prompt = prompt_outputs(self.graph, site, plan.eviction, mass, (layer, count), self.signature.extra_output)
+            wishes = plan.eviction or Eviction()
+            prompt = prompt_outputs(self.graph, site, wishes, mass, (layer, count), self.signature.extra_output)
+        self.stores[site.index] = len(self.signature.stores)
         self.signature.stores.append(
             StoreBinding(
                 self.signature.result(stored[0]),
@@ -204,6 +215,7 @@ class AttentionLowering:
                 positions_output,
                 tokens,
                 prompt,
+                None if plan.leader is None else self.stores.get(plan.leader),
             )
         )
         self.sites[-1].layout = _describe(key_layout)
@@ -222,9 +234,9 @@ class AttentionLowering:
         if all(isinstance(t, LogicalKV) for t in given):
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
-            if plan.eviction is not None:
+            if plan.eviction is not None or plan.selection is not None:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
-            layouts = self._layouts(site, replace(plan, eviction=None))
+            layouts = self._layouts(site, replace(plan, eviction=None, selection=None))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
         policy = layouts[0].eviction
@@ -255,7 +267,16 @@ class AttentionLowering:
         choice = self.chooser.plan(spec, shape)
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
         rotary = False
-        if mass:
+        sites = len(self.context.anatomy.attentions)
+        lists = self.retrieval.lists(
+            site, plan.leader, layouts[0], lens, lambda policy: self.gate.least(site, policy, spec, shape.batch, sites)
+        )
+        if lists is not None and _hint(_fake(site.q).shape[2]) == 1:
+            whole, shape = choice, replace(shape, density=lists.policy.share, listed=lists.policy.listed)
+            choice = self.chooser.plan(listed(spec, lists.policy), shape)
+            of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
+            self._replace(site, torch.ops.torchaccel.attend_listed.default, of_lists)
+        elif mass:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             assert received is not None
@@ -359,7 +380,7 @@ def _unshared(spec: AttentionSpec, window: int | None, layouts: tuple[Layout, La
 
 def _describe(layout: Layout) -> str:
     kept = f" {type(layout.eviction).__name__}" if layout.eviction else " pruned" if layout.pruned else ""
-    return layout.format.kind + kept
+    return layout.format.kind + kept + (f" {type(layout.selection).__name__}" if layout.selection else "")
 
 
 def _fake(node: Node) -> Any:

@@ -1,4 +1,4 @@
-"""What a policy that evicts tokens wants to see of a prompt, as further results of its graph."""
+"""What a policy wants to see of a prompt, as further results of its graph."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class AppendBinding:
 
 @dataclass(frozen=True)
 class PromptBinding:
-    """What a policy that evicts tokens wants of a prompt, as positions among the graph's results.
+    """What a policy that evicts or selects tokens wants of a prompt, as positions among the graph's results.
 
     queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs: see
     ``eviction.Prompt``. mask_output: the mask's last row, None when nothing is masked.
@@ -79,7 +79,8 @@ class StoreBinding:
     """A layer whose prompt keys and values come out of this graph and are put into storage.
 
     positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length where
-    that cannot be read off the keys. prompt: for layouts that evict.
+    that cannot be read off the keys. prompt: for layouts that evict or select. follows: which of the stores keeps the
+    same tokens, and chooses them for both; it comes first.
     """
 
     key_output: int
@@ -89,6 +90,7 @@ class StoreBinding:
     positions_output: int | None = None
     tokens: TokenCount | None = None
     prompt: PromptBinding | None = None
+    follows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Bindings:
     """The whole signature of a rewritten graph.
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
-    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, and lens (int64 ``[3]``,
-    with prefixes ``[1 + prefixes, 3]``). results: for each result of the compiled graph its position among the model's;
+    buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, lens (int64 ``[3]``, with
+    prefixes ``[1 + prefixes, 3]``), and the state of the layout's selection. results: for each result of the compiled graph its position among the model's;
     positions from ``result_count`` on are for the stores only.
     """
 

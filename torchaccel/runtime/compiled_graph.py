@@ -53,8 +53,9 @@ class CompiledGraph:
         for append, (keys, values) in zip(bindings.appends, appended, strict=True):
             if append.evicts:
                 self._settle(append, args, results, keys, values)
+        kept: list[Tensor | None] = []
         for store in bindings.stores:
-            self._store(store, args, results)
+            kept.append(self._store(store, args, results, kept))
         self.counter.calls += 1
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
         self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
@@ -94,6 +95,7 @@ class CompiledGraph:
                 found = torch.tensor(lengths, dtype=torch.int64)
                 lens[lengths] = found.view(-1, 3) if binding.prefixes else found
             inputs.append(lens[lengths])
+            inputs += key_storage.state.values()
             end = keys.end + n
             key_storage.filled = value_storage.filled = end
         total = logical + n
@@ -117,23 +119,29 @@ class CompiledGraph:
             results[binding.key_output] = view(keys.physical, start, end, logical)
             results[binding.value_output] = view(values.physical, start, end, logical)
 
-    def _store(self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any]) -> None:
+    def _store(
+        self, binding: StoreBinding, args: tuple[Any, ...], results: list[Any], kept: list[Tensor | None]
+    ) -> Tensor | None:
+        """Put a layer's prompt into storage; returns the tokens that stay, as ``kept`` has them of earlier stores."""
         positions = logical = None
         if binding.positions_output is not None and binding.tokens is not None:
             positions, logical = results[binding.positions_output][:, None], binding.tokens.of(args)
         outputs = binding.key_output, binding.value_output
         layouts = binding.key_layout, binding.value_layout
         keys, values = (results[output] for output in outputs)
+        chosen: Tensor | None = None
         if binding.prompt is not None:
             if logical is None:
                 logical = keys.shape[2]
-            stored = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions)
+            given = None if binding.follows is None else kept[binding.follows]
+            *stored, chosen = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions, given)
         else:
-            stored = (
+            stored = [
                 compress(layouts[0], keys, logical, positions if layouts[0].positions else None),
                 compress(layouts[1], values, logical),
-            )
+            ]
         results[outputs[0]], results[outputs[1]] = stored
+        return chosen
 
 
 def prefixes(keys: Storage, values: Storage, inputs: list[Any]) -> tuple[int, ...]:

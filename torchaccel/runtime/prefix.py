@@ -83,6 +83,7 @@ def moved(storage: Storage, device: torch.device) -> Storage:
         if part.record is not None:
             state = {name: x.to(device) for name, x in part.record.state.items()}
             new.record = replace(part.record, state=state)
+        new.state = {name: x.to(device) for name, x in part.state.items()}
         return new
 
     return move(storage, tuple(Prefix(move(prefix.storage), prefix.tokens) for prefix in storage.prefixes))
@@ -114,6 +115,8 @@ def _problem(storage: Storage, start: int) -> str | None:
     """Why repeated rows of a storage cannot share their tokens; None when they can."""
     if storage.layout.pruned:
         return "pruned tokens are not shared"
+    if storage.layout.selection is not None:
+        return f"what {type(storage.layout.selection).__name__} remembers of tokens is not shared"
     if start:
         return "a sliding window is not shared"
     if len(storage.prefixes) == MAX_PREFIXES:

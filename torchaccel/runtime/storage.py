@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from torchaccel.kernels import kv_format, registry, rotation
-from torchaccel.kernels.spec import KVFormat
+from torchaccel.kernels.spec import DTYPES, KVFormat
 
-from .eviction import Eviction, EvictionRecord
+from .eviction import Eviction, EvictionRecord, State
+from .selection import Selection, Sizes, copied
 
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
 # in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
@@ -27,14 +28,15 @@ class Layout:
     """What a logical KV tensor stores physically; hashable, and guarded by the compiled graphs.
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
-    the same slots need none). eviction: the policy by which tokens go. prefixes: number of buffers of other storages
-    that hold the first columns.
+    the same slots need none). eviction: the policy by which tokens go. selection: that by which a step chooses what it
+    reads; its state lies with the keys. prefixes: number of buffers of other storages that hold the first columns.
     """
 
     format: KVFormat
     positions: bool = False
     pruned: bool = False
     eviction: Eviction | None = None
+    selection: Selection | None = None
     prefixes: int = 0
 
 
@@ -88,6 +90,8 @@ class Storage:
         self.contiguous_from = contiguous_from
         self.capacity = kv_format.capacity(layout.format, buf)
         self.record: EvictionRecord | None = None
+        # Of the layout's selection, in the order of its names.
+        self.state: State = {}
         self.generation = 0
         self.views: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.cuts: list[Cut] = []
@@ -105,9 +109,15 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: tokens, columns, and what a policy remembers."""
+        """Bytes allocated: tokens, columns, and what policies remember."""
+        remembered = [*self.state.values(), *(self.record.state.values() if self.record else ())]
         columns = 0 if self.positions is None else self.positions.nbytes
-        return self.buf.nbytes + columns + (sum(x.nbytes for x in self.record.state.values()) if self.record else 0)
+        return self.buf.nbytes + columns + sum(x.nbytes for x in remembered)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the shapes of a selection's state depend on."""
+        return sizes(self.layout.format, self.buf)
 
     @property
     def parts(self) -> tuple[Storage, ...]:
@@ -166,6 +176,8 @@ class Storage:
             for x in self.record.state.values():
                 x[..., end:] = 0  # what comes next begins anew
         self.filled = end
+        if self.layout.selection is not None:
+            self.layout.selection.restore(self.state, self.read, end, end)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -204,7 +216,19 @@ class Storage:
                 for name, x in self.record.state.items()
             }
             new.record = EvictionRecord(state, self.record.capacity, self.record.calls)
+        policy = self.layout.selection
+        if policy is not None:
+            new.state = copied(policy, self.state, new.sizes, batch)
+            # Of slots that others overwrote since, the state is that of the others.
+            good = min([end, *(cut.first for cut in self.cuts[len(self.cuts) if age is None else age :])])
+            if good < self.filled:
+                policy.restore(new.state, new.read, good, end)
         return new, start - base
+
+
+def sizes(fmt: KVFormat, buf: Tensor) -> Sizes:
+    """The sizes of a buffer of a format, symbolic ones for a fake buffer."""
+    return Sizes(buf.shape[0], buf.shape[1], kv_format.capacity(fmt, buf), fmt.head_dim, DTYPES[fmt.dtype])
 
 
 def grown(need: int) -> int:
