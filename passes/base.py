@@ -54,6 +54,7 @@ class Reason(Enum):
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
     EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
+    NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
     SHORT_PROMPT = "the prompt is too short to prune"
     UNSUPPORTED_DTYPE = "the dtype is none of float32, bfloat16, float16"
     SLOWER = "the cost model predicts that it is slower than the exact site at every length; gate=False keeps it"

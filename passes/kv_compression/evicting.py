@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.eviction import Budget, Eviction
 
-from ..base import Decline, Fidelity, SitePlan
+from ..base import Decline, Fidelity, PassResult, Reason, RewriteContext, SitePlan
 from ..layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
 
@@ -53,6 +53,12 @@ class EvictingMethod(LayerwiseMethod):
     phases = frozenset({"prefill", "extend", "decode"})
 
     options: EvictingOptions
+
+    def apply(self, context: RewriteContext) -> PassResult:
+        """Treat every attention site of the chosen layers, if the policy can be shown what it asks for."""
+        if self.policy().token_ids and context.anatomy.ids is None:
+            return self.result([], [Decline("graph", Reason.NO_TOKEN_IDS)])
+        return super().apply(context)
 
     def refuse(self, site: AttentionSite) -> Decline | None:
         return refuse_cache(site, sliding=False)

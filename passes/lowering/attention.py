@@ -203,8 +203,9 @@ class AttentionLowering:
         if (plan.eviction is not None or plan.selection is not None) and not plan.dropped:
             layer = site.index if site.layer is None else site.layer
             count = len(self.context.anatomy.layers) or len(self.context.anatomy.attentions)
-            wishes = plan.eviction or Eviction()
-            prompt = prompt_outputs(self.graph, site, wishes, mass, (layer, count), self.signature.extra_output)
+            wishes, extra = plan.eviction or Eviction(), self.signature.extra_output
+            ids = self.context.anatomy.ids if _wants_ids(plan) else None
+            prompt = prompt_outputs(self.graph, site, wishes, mass, ids, (layer, count), extra)
         self.stores[site.index] = len(self.signature.stores)
         self.signature.stores.append(
             StoreBinding(
@@ -268,9 +269,9 @@ class AttentionLowering:
         args = (site.q, keys.new, values.new, *buffers, lens, site.mask, positions)
         rotary = False
         sites = len(self.context.anatomy.attentions)
-        lists = self.retrieval.lists(
-            site, plan.leader, layouts[0], lens, lambda policy: self.gate.least(site, policy, spec, shape.batch, sites)
-        )
+        ids, sites = self.context.anatomy.ids, len(self.context.anatomy.attentions)
+        least = lambda policy: self.gate.least(site, policy, spec, shape.batch, sites)  # noqa: E731
+        lists = self.retrieval.lists(site, plan.leader, layouts[0], lens, ids, least)
         if lists is not None and _hint(_fake(site.q).shape[2]) == 1:
             whole, shape = choice, replace(shape, density=lists.policy.share, listed=lists.policy.listed)
             choice = self.chooser.plan(listed(spec, lists.policy), shape)
@@ -284,6 +285,8 @@ class AttentionLowering:
         else:
             rotary = self._attend(site, args, choice)
         evicts = policy is not None and not policy.grows
+        if policy is not None and policy.token_ids and ids is not None:
+            binding = replace(binding, ids_output=self.signature.extra_output(ids))
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
         self.sites[-1].rotary = rotary
@@ -376,6 +379,10 @@ def _unshared(spec: AttentionSpec, window: int | None, layouts: tuple[Layout, La
     if window is not None:
         return f"the layer keeps a sliding window of {window} tokens"
     return shared_prefix.unsupported(spec)
+
+
+def _wants_ids(plan: SitePlan) -> bool:
+    return any(policy is not None and policy.token_ids for policy in (plan.eviction, plan.selection))
 
 
 def _describe(layout: Layout) -> str:

@@ -10,7 +10,6 @@ from torchaccel.kernels.spec import AttentionSpec, KVFormat, dtype_name
 from torchaccel.cost.choose import Verdict
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
-
 from torchaccel.runtime.selection import Selection
 
 from ..base import Decline, Reason, SitePlan

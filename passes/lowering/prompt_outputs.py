@@ -25,12 +25,13 @@ def prompt_outputs(
     site: AttentionSite,
     policy: Eviction,
     mass: Node | None,
+    ids: Node | None,
     layer: tuple[int, int],
     extra_output: Callable[[Node], int],
 ) -> PromptBinding:
     """Add what ``policy`` wants of ``site`` to the graph; extra_output: makes a node a result and tells its place.
 
-    mass: the attention every token received, when the policy wants it. layer: which one of how many.
+    mass: the attention every token received, when the policy wants it. ids: the tokens' ids, if any. layer: which one of how many.
     """
     with graph.inserting_before(graph.output_node()):
         last = _slice(
@@ -52,6 +53,7 @@ def prompt_outputs(
         None if plain is None else extra_output(plain),
         (extra_output(tables[0]), extra_output(tables[1])) if tables else None,
         rotation.style if rotation else "half",
+        None if ids is None else extra_output(ids),
     )
 
 

@@ -1,4 +1,4 @@
-"""The lists of tokens that steps read: made in the graph by a policy, for a site and for those that share its choice."""
+"""The lists of tokens that steps read: made in the graph by a policy, for a site and those that share its choice."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ class Retrieval:
         leader: int | None,
         layout: Layout,
         lens: Node,
+        ids: Node | None,
         least: Callable[[Selection], int],
     ) -> Lists | None:
         """The lists of ``site``, or those that it shares with ``leader``; None where it reads everything.
 
-        layout: of its keys. lens: the lengths of its cache. least: see ``Lists``.
+        layout: of its keys. lens: the lengths of its cache. ids: of the new tokens, or None. least: see ``Lists``.
         """
         policy = layout.selection
         if policy is None:
@@ -53,13 +54,22 @@ class Retrieval:
         fake = past.meta["example_value"]
         assert isinstance(fake, LogicalKV)
         shapes = policy.shapes(sizes(layout.format, fake.buf))
-        # Not inner tensors of the logical one, whose guards cost time in every call: their sizes follow from the buffer's.
+        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
         state = [
             self.signature.placeholder(f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype))
             for name, (shape, dtype) in shapes.items()
         ]
         made = least(policy)
-        arguments = (site.q, site.key_cache.new, state, lens, site.mask, made, policy.key())
+        arguments = (
+            site.q,
+            site.key_cache.new,
+            state,
+            lens,
+            site.mask,
+            ids if policy.token_ids else None,
+            made,
+            policy.key(),
+        )
         with self.graph.inserting_before(site.node):
             index = self.graph.call_function(selection.operator(), arguments)
         self.made[site.index] = Lists(index, policy, made)

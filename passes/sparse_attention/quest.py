@@ -15,8 +15,8 @@ LEAST_PAGES = 3
 
 
 class QuestOptions(RetrievingOptions):
-    """tokens: that a step reads, in whole pages, three at least. page: tokens of a page. gqa_reduce: how the query heads
-    of a KV head agree."""
+    """tokens: that a step reads, in whole pages, three at least. page: tokens of a page. gqa_reduce: how the query
+    heads of a KV head agree."""
 
     tokens: int = Field(default=1024, ge=1)
     page: Literal[16, 32, 64] = 16

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import canonical
 from .caches import CacheKind, CacheSite, find_cache
+from .embedding import find_token_ids
 from .layers import LayerSpan, find_layers, module_path
 from .nodes import (
     CASTS,
@@ -98,7 +99,8 @@ class Anatomy:
     cache; also a prefill into a StaticCache that already has buffers, since its length is data), "decode" (one token on
     a cache), "encoder" (no cache, not causal), "unknown" (no attention). attentions: in graph order. layers: in graph
     order, empty when not understood.
-    batch, query_length: B and Q of the first attention, ints or SymInts; 0 without attention.
+    batch, query_length: B and Q of the first attention, ints or SymInts; 0 without attention. ids: the call's token ids
+    int64 ``[B, N]``, None where the graph is given embeddings.
     """
 
     phase: Phase
@@ -107,6 +109,7 @@ class Anatomy:
     logits: LogitsSite | None
     batch: Size
     query_length: Size
+    ids: Node | None = None
 
 
 def analyze(module: GraphModule | Graph) -> Anatomy:
@@ -118,7 +121,9 @@ def analyze(module: GraphModule | Graph) -> Anatomy:
     sites = [_site(index, node, spans, outputs) for index, node in enumerate(nodes)]
     layers = [_layer(index, span, sites) for index, span in enumerate(spans)]
     batch, _, queries, _ = shape(sites[0].q) or (0, 0, 0, 0) if sites else (0, 0, 0, 0)
-    return Anatomy(_phase(sites), sites, layers, _find_logits(graph, sites, layers), batch, queries)
+    logits = _find_logits(graph, sites, layers)
+    ids = find_token_ids(sites[-1].q, None if logits is None else logits.node) if sites else None
+    return Anatomy(_phase(sites), sites, layers, logits, batch, queries, ids)
 
 
 def _site(index: int, node: Node, spans: list[LayerSpan], outputs: set[Node]) -> AttentionSite:

@@ -32,7 +32,8 @@ class AppendBinding:
     for; plain tensors that a cache brings along are stored so, and prefixes that it does not share are copied. window:
     tokens kept afterwards (sliding-window layers keep window - 1). skipped: the layer does not run; only the logical
     length advances. evicts: tokens may go after a call. mass_output: result that holds the attention every slot
-    received, where the policy wants it; group: query heads of a KV head.
+    received, where the policy wants it; group: query heads of a KV head. ids_output: result that holds the new tokens'
+    ids, where it wants those.
     """
 
     key_argument: int
@@ -48,6 +49,7 @@ class AppendBinding:
     evicts: bool = False
     mass_output: int | None = None
     group: int = 1
+    ids_output: int | None = None
 
     @property
     def prefixes(self) -> int:
@@ -59,8 +61,8 @@ class AppendBinding:
 class PromptBinding:
     """What a policy that evicts or selects tokens wants of a prompt, as positions among the graph's results.
 
-    queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs: see
-    ``eviction.Prompt``. mask_output: the mask's last row, None when nothing is masked.
+    queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs,
+    ids_output: see ``eviction.Prompt``; ids are of all tokens, those that were pruned included. mask_output: the mask's last row, None when nothing is masked.
     """
 
     queries_output: int
@@ -72,6 +74,7 @@ class PromptBinding:
     plain_output: int | None = None
     table_outputs: tuple[int, int] | None = None
     pairs: str = "half"
+    ids_output: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Bindings:
 
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
     buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, lens (int64 ``[3]``, with
-    prefixes ``[1 + prefixes, 3]``), and the state of the layout's selection. results: for each result of the compiled graph its position among the model's;
+    prefixes ``[1 + prefixes, 3]``), and the state of the layout's selection.
+    results: for each result of the compiled graph its position among the model's;
     positions from ``result_count`` on are for the stores only.
     """
 

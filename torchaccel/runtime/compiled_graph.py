@@ -114,7 +114,8 @@ class CompiledGraph:
         assert keys.physical is not None and values.physical is not None
         fresh, logical = binding.tokens.of(args), keys.shape[2]
         mass = None if binding.mass_output is None else results[binding.mass_output]
-        start, end = settle(keys, values, mass, fresh, binding.group)
+        ids = None if binding.ids_output is None else results[binding.ids_output]
+        start, end = settle(keys, values, mass, fresh, binding.group, ids)
         if end != keys.end:
             results[binding.key_output] = view(keys.physical, start, end, logical)
             results[binding.value_output] = view(values.physical, start, end, logical)

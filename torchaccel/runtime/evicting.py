@@ -32,6 +32,9 @@ def store_prompt(
     """
     policy = layouts[0].eviction
     tables = binding.table_outputs
+    ids = None if binding.ids_output is None else results[binding.ids_output]
+    if ids is not None and columns is not None:
+        ids = ids.gather(1, columns[:, 0])
     prompt = Prompt(
         queries=results[binding.queries_output],
         keys=keys,
@@ -45,6 +48,7 @@ def store_prompt(
         plain_queries=None if binding.plain_output is None else results[binding.plain_output],
         tables=None if tables is None else (results[tables[0]], results[tables[1]]),
         pairs=binding.pairs,
+        ids=ids,
     )
     kept = policy.keep(prompt) if policy is not None and given is None else given
     if kept is not None:
@@ -74,18 +78,20 @@ def _remember(storage: Storage, policy: Selection, prompt: Prompt, keys: Tensor,
     policy.begin(storage.state, prompt, keys, kept)
 
 
-def settle(keys: LogicalKV, values: LogicalKV, mass: Tensor | None, fresh: int, group: int) -> tuple[int, int]:
+def settle(
+    keys: LogicalKV, values: LogicalKV, mass: Tensor | None, fresh: int, group: int, ids: Tensor | None
+) -> tuple[int, int]:
     """Tell the policy of a layer what a call attended to and evict what it gives up; returns the live slots.
 
     keys, values: as they are after the call, ``fresh`` new tokens included. mass: float32 ``[B, H_kv, C]``, see
-    ``Step``. group: query heads of a KV head.
+    ``Step``. group: query heads of a KV head. ids: of the new tokens, if any.
     """
     storage, start, end = keys.physical, keys.start, keys.end
     assert storage is not None and values.physical is not None
     policy, record = storage.layout.eviction, storage.record
     assert policy is not None and record is not None
     received = None if mass is None else mass[..., start:end]
-    step = Step(received, end - start, fresh, group, record.calls + 1)
+    step = Step(received, end - start, fresh, group, record.calls + 1, ids)
     state = {name: x[..., start:end] for name, x in record.state.items()}
     policy.observe(state, step)
     record.calls += 1

@@ -42,7 +42,8 @@ class Prompt:
     unless the policy asks for it. valid: bool ``[B, S]``, False for padding. scale: of q . k. layer, layers: which one
     of how many. token_bytes: stored bytes of a token. plain_queries: ``[B, H, S, D]``, before rotary embedding, where
     the policy asks for them; tables: cosine and sine of its last two positions ``[B | 1, .., 2, R]``, None without it;
-    pairs: the channels that rotate together, "half" or "interleaved".
+    pairs: the channels that rotate together, "half" or "interleaved". ids: int64 ``[B, S]``, of the tokens, where the
+    policy asks for them.
     """
 
     queries: Tensor
@@ -57,6 +58,7 @@ class Prompt:
     plain_queries: Tensor | None = None
     tables: tuple[Tensor, Tensor] | None = None
     pairs: str = "half"
+    ids: Tensor | None = None
 
     def mean_rotation(self, future: int) -> Tensor | None:
         """The rotary embedding of the ``future`` positions behind the prompt, averaged: float32 ``[B | 1, 1, D, D]``.
@@ -105,7 +107,8 @@ class Step:
 
     mass: float32 ``[B, H_kv, n]``, attention that each of the n stored tokens received, summed over the new queries and
     the group's heads; None unless the policy asks for it. stored: n. fresh: new tokens, the last ones of the n. group:
-    query heads of a KV head. count: calls since the prompt, this one included.
+    query heads of a KV head. count: calls since the prompt, this one included. ids: int64 ``[B, fresh]``, of the new
+    tokens, where the policy asks for them and the call was given any.
     """
 
     mass: Tensor | None
@@ -113,6 +116,7 @@ class Step:
     fresh: int
     group: int
     count: int
+    ids: Tensor | None = None
 
 
 class Eviction:
@@ -120,7 +124,8 @@ class Eviction:
 
     The prompt's attention, and every later call's, sees all that is stored; what is evicted goes afterwards.
     last_queries: how many of the prompt's queries are wanted. prompt_mass, step_mass: whether the attention that tokens
-    receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
+    receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted. token_ids: the tokens'
+    ids are wanted, without which the prompt's graph is left as it is.
     """
 
     budget: Budget
@@ -129,6 +134,7 @@ class Eviction:
     step_mass: bool = False
     grows: bool = True
     unrotated: bool = False
+    token_ids: bool = False
 
     def capacity(self, prompt: Prompt) -> int:
         """Tokens of each KV head that stay after the prompt."""

@@ -36,13 +36,15 @@ class Call:
     """New tokens of a layer, before they are appended.
 
     q: ``[B, H, n, D]``. keys: ``[B, H_kv, n, D]``, both after rotary embedding. lens: int64 ``[3]`` on the CPU, as of
-    ``reference.decode_attention``. mask: that of the attention, or None.
+    ``reference.decode_attention``. mask: that of the attention, or None. ids: int64 ``[B, n]``, of the tokens, where
+    the policy asks for them and the graph knows them.
     """
 
     q: Tensor
     keys: Tensor
     lens: Tensor
     mask: Tensor | None = None
+    ids: Tensor | None = None
 
     @property
     def grown(self) -> Tensor:
@@ -52,16 +54,16 @@ class Call:
 
 
 class Selection:
-    """Which tokens of a layer's cache a step reads; all of them stay. Subclasses are frozen dataclasses of plain values.
+    """Which tokens of a layer's cache a step reads; all of them stay. Subclasses are frozen dataclasses of numbers.
 
     They guard compiled graphs and stand in them by ``key()``. A graph calls a policy through one operator, which runs
     ``append`` for all new tokens and ``choose`` for a single one; several new tokens attend to everything.
     The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
     along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
     token (left padding).
-    unit, block: what an entry of a list stands for, a block of so many slots or a single token. covers: stored tokens up
-    to which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
-    of the stored bytes that is read besides; the cost model goes by their sum.
+    unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
+    which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
+    of the stored bytes that is read besides; the cost model goes by their sum. token_ids: the tokens' ids are wanted.
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
@@ -69,6 +71,7 @@ class Selection:
     covers: int = 0
     listed: int = 0
     share: float = 0.0
+    token_ids: bool = False
 
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""
@@ -106,7 +109,9 @@ class Selection:
 
     def allocate(self, sizes: Sizes, device: torch.device) -> State:
         """A state of zeros."""
-        made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in self.shapes(sizes).items()}
+        made = {
+            name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in self.shapes(sizes).items()
+        }
         return made
 
     def key(self) -> str:
@@ -144,7 +149,8 @@ def operator() -> Any:
     """
     lib = ops.library()
     lib.define(
-        "retrieve(Tensor q, Tensor k_new, Tensor(a!)[] state, Tensor lens, Tensor? mask, int least, str policy) -> Tensor"
+        "retrieve(Tensor q, Tensor k_new, Tensor(a!)[] state, Tensor lens, Tensor? mask, Tensor? ids, int least, "
+        "str policy) -> Tensor"
     )
     for key in ("CPU", "CUDA"):
         lib.impl("retrieve", _retrieve, key)
@@ -159,11 +165,18 @@ def _names(key: str) -> tuple[Selection, tuple[str, ...]]:
 
 
 def _retrieve(
-    q: Tensor, k_new: Tensor, state: list[Tensor], lens: Tensor, mask: Tensor | None, least: int, key: str
+    q: Tensor,
+    k_new: Tensor,
+    state: list[Tensor],
+    lens: Tensor,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    least: int,
+    key: str,
 ) -> Tensor:
     policy, names = _names(key)
     named = dict(zip(names, state, strict=True))
-    call = Call(q, k_new, lens, mask)
+    call = Call(q, k_new, lens, mask, ids)
     n = q.shape[2]
     if n > 1 and mask is not None:
         _find_first(named["first"], call)
@@ -174,7 +187,14 @@ def _retrieve(
 
 
 def _retrieve_fake(
-    q: Tensor, k_new: Tensor, state: list[Tensor], lens: Tensor, mask: Tensor | None, least: int, key: str
+    q: Tensor,
+    k_new: Tensor,
+    state: list[Tensor],
+    lens: Tensor,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    least: int,
+    key: str,
 ) -> Tensor:
     policy, names = _names(key)
     width = policy.width(dict(zip(names, state, strict=True)))

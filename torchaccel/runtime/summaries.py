@@ -89,9 +89,7 @@ def _summarise(policy: SummarySelection, head_dim: int, dtype: str, device: str)
 
 
 @lru_cache(maxsize=256)
-def _select(
-    policy: SummarySelection, head_dim: int, dtype: str, group: int, device: str
-) -> Callable[..., Tensor]:
+def _select(policy: SummarySelection, head_dim: int, dtype: str, group: int, device: str) -> Callable[..., Tensor]:
     summary = policy._summary(head_dim, dtype)
     spec = SelectionSpec(
         summary, group, dtype, policy.entries, policy.reduce, head_dim**-0.5, 1, policy.sinks, policy.recent
