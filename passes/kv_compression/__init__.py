@@ -9,6 +9,7 @@ from .int4 import Int4
 from .int8 import Int8
 from .lazy_eviction import LazyEviction
 from .loopserve import LoopServe
+from .mpcache import MPCache
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
@@ -30,4 +31,5 @@ METHODS = (
     LazyEviction,
     Critic,
     LoopServe,
+    MPCache,
 )
