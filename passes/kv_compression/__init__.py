@@ -11,6 +11,7 @@ from .lazy_eviction import LazyEviction
 from .loopserve import LoopServe
 from .mpcache import MPCache
 from .pyramidkv import PyramidKV
+from .sentence_kv import SentenceKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
@@ -32,4 +33,5 @@ METHODS = (
     Critic,
     LoopServe,
     MPCache,
+    SentenceKV,
 )

@@ -38,4 +38,4 @@ class Quest(RetrievingMethod):
 
     def policy(self, site: AttentionSite) -> SummarySelection:
         pages = max(LEAST_PAGES, self.options.tokens // self.options.page)
-        return SummarySelection("minmax", self.options.page, pages, 0, 1, self.options.gqa_reduce)
+        return SummarySelection("minmax", pages, self.options.page, 0, 1, self.options.gqa_reduce)

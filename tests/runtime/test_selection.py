@@ -115,12 +115,12 @@ def test_quantised_caches_keep_summaries_of_what_came_in():
 
 
 def test_policies_are_found_again_by_their_keys():
-    policy = SummarySelection("mean", 32, 7, 1, 2, "softmax")
+    policy = SummarySelection("mean", 7, 32, 1, 2, "softmax")
     assert Selection.from_key(policy.key()) == policy
 
 
 def test_rows_and_sizes_of_a_state_change():
-    policy = SummarySelection("minmax", 16, 3)
+    policy = SummarySelection("minmax", 3, 16)
     state = policy.allocate(Sizes(2, 3, 64, 8, torch.float32), torch.device("cpu"))
     for x in state.values():
         x.copy_(torch.randn(x.shape) * 10)

@@ -67,7 +67,7 @@ class Selection:
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
-    block: int
+    block: int = 64
     covers: int = 0
     listed: int = 0
     share: float = 0.0

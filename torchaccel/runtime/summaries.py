@@ -26,8 +26,8 @@ class SummarySelection(Selection):
     """
 
     kind: Literal["minmax", "mean"]
-    block: int
     entries: int
+    block: int = 64
     sinks: int = 0
     recent: int = 1
     reduce: Literal["max", "mean", "softmax"] = "max"
