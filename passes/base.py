@@ -96,9 +96,10 @@ class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
     formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. selection: which
-    of them a step reads, None for all; leader: index of the site whose lists, and whose choice of the tokens that stay,
-    this one shares. keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer
-    never runs in later phases, so nothing of its cache is stored.
+    of them a step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay,
+    this one shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``,
+    the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its
+    cache is stored.
     """
 
     window: int | None = None
@@ -107,6 +108,7 @@ class SitePlan:
     eviction: Eviction | None = None
     selection: Selection | None = None
     leader: int | None = None
+    offload: str | None = None
     keep: Node | None = None
     dropped: bool = False
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, field_validator
 
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.selection import Selection
@@ -12,9 +14,18 @@ from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
 
 class RetrievingOptions(LayerwiseOptions):
-    """dense_layers: first layers that read everything, unless ``layers`` names the ones to treat."""
+    """dense_layers: first layers that read everything, unless ``layers`` names the ones to treat. offload: a folder;
+    the tokens of the other layers lie in files there, of which steps read what they list."""
 
     dense_layers: int = Field(default=2, ge=0)
+    offload: str | None = Field(default=None)
+
+    @field_validator("offload")
+    @classmethod
+    def _folder(cls, offload: str | None) -> str | None:
+        if offload is not None and not Path(offload).is_dir():
+            raise ValueError("offload names a folder for memory-mapped files, and there is none of this name")
+        return offload
 
     def select(self, count: int) -> set[int]:
         chosen = super().select(count)
@@ -33,7 +44,7 @@ class RetrievingMethod(LayerwiseMethod):
         return refuse_cache(site, sliding=False)
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
-        plan.selection = self.policy(site)
+        plan.selection, plan.offload = self.policy(site), self.options.offload
 
     def policy(self, site: AttentionSite) -> Selection:
         """The policy of a site."""

@@ -188,7 +188,7 @@ class MPCache(EvictingMethod):
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         super().treat(plan, site)
-        plan.selection = self._selection()
+        plan.selection, plan.offload = self._selection(), self.options.offload
 
     def policy(self) -> LookOncePolicy:
         return LookOncePolicy(**self.settings("looks"))

@@ -228,6 +228,7 @@ class SentenceKV(EvictingMethod):
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         super().treat(plan, site)
         chosen = self.options
+        plan.offload = chosen.offload
         plan.selection = SentenceSelection(chosen.tokens, chosen.ends, chosen.longest, chosen.start, chosen.recent)
 
     def policy(self) -> SnapKVPolicy:

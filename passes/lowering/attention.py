@@ -142,8 +142,10 @@ class AttentionLowering:
         pruned = (plan.keep is not None or plan.eviction is not None) and not plan.dropped
         selection = plan.selection if plan.leader is None and not plan.dropped else None
         return (
-            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction, selection=selection),
-            Layout(values, pruned=pruned, eviction=plan.eviction),
+            Layout(
+                keys, positions=pruned, pruned=pruned, eviction=plan.eviction, selection=selection, offload=plan.offload
+            ),
+            Layout(values, pruned=pruned, eviction=plan.eviction, offload=plan.offload),
         )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:

@@ -20,7 +20,8 @@ from .storage import Layout, Storage
 class CallCounter:
     """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
 
-    unshared: why rows that begin alike came with, or were given, copies of what they could have shared.
+    kv_bytes, file_bytes: those in memory, and those in files. unshared: why rows that begin alike came with, or were
+    given, copies of what they could have shared.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class CallCounter:
         self.calls = 0
         self.seconds = 0.0
         self.kv_bytes = 0
+        self.file_bytes = 0
 
 
 class CompiledGraph:
@@ -58,7 +60,9 @@ class CompiledGraph:
             kept.append(self._store(store, args, results, kept))
         self.counter.calls += 1
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
-        self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
+        parts = {part for cache in caches for part in cache.parts}
+        self.counter.kv_bytes = sum(part.nbytes for part in parts)
+        self.counter.file_bytes = sum(part.file_bytes for part in parts)
         self.counter.seconds += time.perf_counter() - began
         return results[: bindings.result_count]
 
