@@ -13,9 +13,10 @@ QUEST = {"method": "quest", "tokens": 48, "dense_layers": 0}
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process's mapped files that are in memory."""
     with open("/proc/self/status") as status:
-        return 1024 * int(next(line for line in status if line.startswith("VmRSS")).split()[1])
+        lines = [line.split() for line in status if line.startswith(("RssFile", "RssShmem"))]
+    return 1024 * sum(int(size) for _, size, _ in lines)
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8"])
@@ -28,7 +29,10 @@ def test_memory_of_what_is_not_read_is_given_back(kind, tmp_path):
     assert resident() - before < 0.25 * filed.file_bytes and filed.file_bytes > 16e6
     assert filed.nbytes == 0 and filed.file_bytes == memory.nbytes and not list(tmp_path.iterdir())
     assert torch.equal(filed.read(1000, 1100), memory.read(1000, 1100))
-    assert resident() - before < 0.25 * filed.file_bytes
+    # The system maps more than was read, up to a megabyte or two for each head.
+    assert resident() - before < 0.5 * filed.file_bytes
+    assert torch.equal(filed.read(0, 65536), memory.read(0, 65536))
+    assert resident() - before > 0.75 * filed.file_bytes
     copy, _ = filed.copy(0, 65536, 100)
     assert copy.mapping is not None and torch.equal(copy.read(65000, 65536), memory.read(65000, 65536))
 
