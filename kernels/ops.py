@@ -26,6 +26,8 @@ _SCHEMAS = {
     "Tensor(c!)? positions, str plan) -> Tensor",
     "attend_with": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> (Tensor, Tensor, Tensor)",
+    "attend_listed": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!)? positions, Tensor index, int least, str plan, str whole) -> Tensor",
     "attend_shared": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor[] prefixes, str plan, str prefix_plan) -> Tensor",
     "attend_rotary": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
@@ -64,6 +66,7 @@ def library() -> torch.library.Library:
     for key in ("CPU", "CUDA"):
         lib.impl("attend", _attend, key)
         lib.impl("attend_with", _attend_with, key)
+        lib.impl("attend_listed", _attend_listed, key)
         lib.impl("attend_shared", _attend_shared, key)
         lib.impl("attend_rotary", _attend_rotary, key)
         lib.impl("attend_latents", _attend_latents, key)
@@ -83,6 +86,7 @@ def library() -> torch.library.Library:
         lib.impl("select_prompt_blocks", _select_prompt_blocks, key)
     for name in (
         "attend",
+        "attend_listed",
         "attend_shared",
         "attend_rotary",
         "attend_latents",
@@ -164,6 +168,28 @@ def _attend_with(
     run = registry.attend(plan)
     results = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, index, head_windows)
     return _three(results, Plan.from_key(plan).spec)
+
+
+def _attend_listed(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    index: Tensor,
+    least: int,
+    plan: str,
+    whole: str,
+) -> Tensor:
+    """Attention to what ``index`` lists; by the plan ``whole``, to everything, up to ``least`` stored tokens."""
+    args = (q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+    if int(lens[1]) + q.shape[2] <= least:
+        return _attend(*args, whole)
+    out: Tensor = registry.attend(plan)(*args, index)
+    return out
 
 
 def _attend_shared(

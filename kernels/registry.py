@@ -110,6 +110,12 @@ def select(spec: SelectionSpec, device: str) -> Choice:
 
 
 @lru_cache(maxsize=1024)
+def scores(spec: SelectionSpec, device: str) -> Choice:
+    """The implementation of scoring blocks alone."""
+    return _generated("selection", "scores", spec, device, partial(selection_reference.scores, spec))
+
+
+@lru_cache(maxsize=1024)
 def select_prompt(spec: PromptSelectionSpec, device: str) -> Choice:
     """The implementation of choosing what every block of a prompt reads."""
     stock = partial(selection_reference.select_prompt, spec)

@@ -17,6 +17,7 @@ from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.factors import Factors
 from torchaccel.runtime.mixing import Mixing
+from torchaccel.runtime.selection import Selection
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -62,6 +63,8 @@ class Reason(Enum):
     PRUNED_LATENTS = "every head is rebuilt from the latents of all, which evicting or pruning tokens takes apart"
     PRUNED_CLASSES = "tokens are sorted into classes when all are there, not after some were evicted or pruned"
     NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
+    EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
+    NEEDS_PLAIN_TOKENS = "latents, classes of tokens and heads of different lengths are read whole, not by lists"
     NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
     NO_IMAGES = "nothing in the graph tells which tokens are images; give their ids as image_tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
@@ -105,9 +108,11 @@ class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
     formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens are
-    sorted into classes with formats of their own. eviction: which tokens stay, None for all. keep: node int64
-    ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
-    nothing of its cache is stored.
+    sorted into classes with formats of their own. eviction: which tokens stay, None for all. selection: which of them a
+    step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay, this one
+    shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``, the columns
+    that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its cache is
+    stored.
     """
 
     window: int | None = None
@@ -116,6 +121,9 @@ class SitePlan:
     factors: tuple[Factors | None, Factors | None] = (None, None)
     mixing: Mixing | None = None
     eviction: Eviction | None = None
+    selection: Selection | None = None
+    leader: int | None = None
+    offload: str | None = None
     keep: Node | None = None
     dropped: bool = False
 

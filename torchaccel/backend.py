@@ -230,9 +230,13 @@ def _device(inputs: list[Any]) -> torch.device:
     return next((t.device for t in inputs if isinstance(t, Tensor) and t.dim() > 0), torch.device("cpu"))
 
 
+# What was asked for and is not done, for reasons that only lowering knows.
+SPOKEN = (Reason.SLOWER, Reason.PLAIN_CACHE, Reason.EVICTING_STEPS)
+
+
 def _speak_of(declines: list[Decline], strict: bool) -> None:
     """Say that what was asked for is not done for reasons that only lowering knows."""
-    refused = [decline for decline in declines if decline.reason in (Reason.SLOWER, Reason.PLAIN_CACHE)]
+    refused = [decline for decline in declines if decline.reason in SPOKEN]
     if not refused:
         return
     message = f"torchaccel left {len(refused)} site(s) exact; {refused[0]}"

@@ -49,7 +49,7 @@ def capture_tasks(
         return gm.forward
 
     # Static: a second size would be traced as any size, for which nothing can be measured.
-    compiled: Any = torch.compile(model.forward, backend=look, dynamic=False, **isolation())
+    compiled = torch.compile(model.forward, backend=look, dynamic=False, **isolation())
     short = {name: _cut(value, tokens) for name, value in arguments.items()}
     with torch.no_grad():
         output = compiled(**short)
@@ -61,7 +61,8 @@ def capture_tasks(
 
 def _as_generated(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     """The arguments with which ``generate()`` calls a language model; other models get the ids alone."""
-    if not (hasattr(model, "can_generate") and model.can_generate()):
+    generates: Any = getattr(model, "can_generate", None)
+    if generates is None or not generates():
         return {"input_ids": ids}
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **last}

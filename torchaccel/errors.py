@@ -19,6 +19,10 @@ class EvictedTokensError(TorchaccelError, RuntimeError):
     """A compressed KV cache was read as if it still held every token."""
 
 
+class OffloadError(TorchaccelError, RuntimeError):
+    """A KV cache cannot be kept where it was asked to be."""
+
+
 class SharedPrefixError(TorchaccelError, RuntimeError):
     """The keys and the values of a layer share different prefixes."""
 

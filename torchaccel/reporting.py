@@ -102,6 +102,7 @@ class Report:
                     "graph_break": r.graph_break,
                     "kv_bytes": r.counter.kv_bytes,
                     "host_bytes": r.counter.host_bytes,
+                    "file_bytes": r.counter.file_bytes,
                     "compile_seconds": round(r.compile_seconds, 3),
                     "calls": r.counter.calls,
                     "milliseconds": round(1e3 * r.counter.seconds, 3),
@@ -178,7 +179,8 @@ class Report:
                 record.phase,
                 kernels or (record.declined and "inductor") or "-",
                 _counted([s.layout for s in record.sites]) or "-",
-                f"{record.counter.kv_bytes / 1e6:.2f}" + (f" ({aside / 1e6:.2f} set aside)" if aside else ""),
+                _megabytes(record.counter.kv_bytes, record.counter.file_bytes)
+                + (f" ({aside / 1e6:.2f} set aside)" if aside else ""),
                 str(record.linear_layers),
                 str(record.counter.calls),
                 f"{mean:.2f}",
@@ -239,3 +241,7 @@ def _fusion_table(record: GraphRecord) -> Table:
             "\n".join(f"{kernel} ({saved:.1f})" for kernel, saved in first.lost) or "-",
         )
     return table
+
+
+def _megabytes(memory: int, files: int) -> str:
+    return f"{memory / 1e6:.2f}" + (f" + {files / 1e6:.2f} in files" if files else "")

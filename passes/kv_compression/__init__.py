@@ -13,8 +13,10 @@ from .int8 import Int8
 from .lazy_eviction import LazyEviction
 from .look_m import LookM
 from .loopserve import LoopServe
+from .mpcache import MPCache
 from .pyramidkv import PyramidKV
 from .random import Random
+from .sentence_kv import SentenceKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLMCache
 from .tova import Tova
@@ -43,5 +45,7 @@ METHODS = (
     LazyEviction,
     Critic,
     LoopServe,
+    MPCache,
+    SentenceKV,
     Random,
 )

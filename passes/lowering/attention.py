@@ -17,17 +17,19 @@ from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, StoreBinding
+from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.kv import LogicalKV, prefix_names
 from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
-from .gate import Gate, Judgement
+from .gate import Gate, Judgement, listed
 from .latents import LatentLowering
 from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
 from .ragged import marks_of, ragged_spec
+from .retrieval import Retrieval
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
@@ -58,6 +60,9 @@ class AttentionLowering:
         self.graph: Graph = context.graph
         self.signature = Signature(self.graph, example_inputs)
         self.latents = LatentLowering(self.graph, context.module, self.signature)
+        self.retrieval = Retrieval(self.graph, self.signature)
+        # Of the sites whose prompts are stored: which of the stores it is.
+        self.stores: dict[int, int] = {}
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
 
@@ -88,8 +93,12 @@ class AttentionLowering:
         return Lowered(self.signature.finish(), self.signature.inputs, self.sites, self.declines, self.chooser.compared)
 
     def _whole(self, site: AttentionSite, plan: SitePlan) -> SitePlan:
-        """The plan, without what needs all tokens where some are not stored."""
+        """The plan, without what needs all tokens where some are not stored, or plain ones where they are not."""
         latent = plan.factors != (None, None)
+        ragged = plan.eviction is not None and plan.eviction.ragged
+        if plan.selection is not None and (latent or ragged or plan.mixing is not None):
+            self.declines.append(Decline(site.name, Reason.NEEDS_PLAIN_TOKENS))
+            plan = replace(plan, selection=None, leader=None)
         if (not latent and plan.mixing is None) or (plan.eviction is None and plan.keep is None):
             return plan
         self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS if latent else Reason.PRUNED_CLASSES))
@@ -98,8 +107,11 @@ class AttentionLowering:
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past
         if past is not None and isinstance(_fake(past), LogicalKV):
-            plan = replace(plan, formats=None)  # it was judged when the cache was made
-        if plan.formats is None and plan.window is None:
+            plan = replace(plan, formats=None, selection=None)  # they were judged when the cache was made
+        if plan.selection is not None and plan.eviction is not None and not plan.eviction.grows:
+            self.declines.append(Decline(site.name, Reason.EVICTING_STEPS, type(plan.eviction).__name__))
+            plan = replace(plan, selection=None)
+        if plan.formats is None and plan.window is None and plan.selection is None:
             return Judgement(plan, (), "")
         batch = _size(_fake(site.q).shape[0])
         judged = self.gate.judge(site, plan, self.context.anatomy.phase, batch, len(self.context.anatomy.attentions))
@@ -151,9 +163,11 @@ class AttentionLowering:
         of_keys, of_values = (
             factors if fmt.kind == "latent" else None for fmt, factors in zip((keys, values), plan.factors, strict=True)
         )
+        selection = plan.selection if plan.leader is None and not plan.dropped else None
+        both: dict[str, Any] = {"pruned": pruned, "eviction": plan.eviction, "mixing": mixing, "offload": plan.offload}
         return (
-            Layout(keys, positions=pruned, pruned=pruned, eviction=plan.eviction, factors=of_keys, mixing=mixing),
-            Layout(values, pruned=pruned, eviction=plan.eviction, factors=of_values, mixing=mixing),
+            Layout(keys, positions=pruned, selection=selection, factors=of_keys, **both),
+            Layout(values, factors=of_values, **both),
         )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
@@ -210,12 +224,14 @@ class AttentionLowering:
         elif plan.dropped:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
-        policy = plan.mixing or plan.eviction
+        policy = plan.mixing or plan.eviction or (Eviction() if plan.selection is not None else None)
         if policy is not None and not plan.dropped:
             if plan.eviction is not None and plan.eviction.ragged and plan.formats is not None:
                 self.declines.append(Decline(site.name, Reason.RAGGED_CODES))
             anatomy, extra = self.context.anatomy, self.signature.extra_output
-            prompt = prompt_outputs(self.graph, anatomy, site, policy, mass, extra)
+            ids = anatomy.ids if _wants_ids(plan) else None
+            prompt = prompt_outputs(self.graph, anatomy, site, policy, mass, ids, extra)
+        self.stores[site.index] = len(self.signature.stores)
         self.signature.stores.append(
             StoreBinding(
                 self.signature.result(stored[0]),
@@ -226,6 +242,7 @@ class AttentionLowering:
                 tokens,
                 prompt,
                 self.latents.store(site, (key_layout, value_layout)) if _latent(key_layout, value_layout) else None,
+                None if plan.leader is None else self.stores.get(plan.leader),
             )
         )
         self.sites[-1].layout = _describe(key_layout)
@@ -245,10 +262,10 @@ class AttentionLowering:
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
             latent = plan.factors != (None, None)
-            if plan.eviction is not None or plan.mixing is not None or latent:
+            if plan.eviction is not None or plan.mixing is not None or plan.selection is not None or latent:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
             formats = None if latent else plan.formats
-            layouts = self._layouts(site, replace(plan, eviction=None, mixing=None, formats=formats))
+            layouts = self._layouts(site, replace(plan, eviction=None, mixing=None, selection=None, formats=formats))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
         policy = layouts[0].eviction
@@ -297,12 +314,21 @@ class AttentionLowering:
                 asking = part_of(self.graph, site.q, (ALL, ALL, slice(-policy.later_queries, None)))
             binding = replace(binding, queries_output=self.signature.extra_output(asking))
         rotary = False
+        sites = len(self.context.anatomy.attentions)
+        ids = self.context.anatomy.ids
+        least = lambda policy: self.gate.least(site, policy, spec, shape.batch, sites)  # noqa: E731
+        lists = self.retrieval.lists(site, plan.leader, layouts[0], lens, ids, least)
         if _latent(*layouts):
             fresh = self.latents.tokens(site, layouts)
             rebuilding, first = self.latents.rebuilding(site, layouts, lens)
             with_factors = (site.q, *fresh, *args[3:], *rebuilding, choice.key())
             self._replace(site, torch.ops.torchaccel.attend_latents.default, with_factors)
             binding = replace(binding, table=first)
+        elif lists is not None and _hint(_fake(site.q).shape[2]) == 1:
+            whole, shape = choice, replace(shape, density=lists.policy.share, listed=lists.policy.listed)
+            choice = self.chooser.plan(listed(spec, lists.policy), shape)
+            of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
+            self._replace(site, torch.ops.torchaccel.attend_listed.default, of_lists)
         elif mass:
             with_sides = (*args, None, None, choice.key())
             received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
@@ -311,7 +337,6 @@ class AttentionLowering:
         else:
             rotary = self._attend(site, args, choice)
         evicts = policy is not None and not policy.grows
-        ids = self.context.anatomy.ids
         if policy is not None and policy.token_ids and ids is not None:
             binding = replace(binding, ids_output=self.signature.extra_output(ids))
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
@@ -440,11 +465,15 @@ def _latent(keys: Layout, values: Layout) -> bool:
     return keys.factors is not None or values.factors is not None
 
 
+def _wants_ids(plan: SitePlan) -> bool:
+    return any(policy is not None and policy.token_ids for policy in (plan.eviction, plan.selection))
+
+
 def _describe(layout: Layout) -> str:
     if layout.mixing is not None:
         return f"{layout.format.kind}, then {' or '.join(keys.kind for keys, _ in layout.mixing.formats)}"
     kept = f" {type(layout.eviction).__name__}" if layout.eviction else " pruned" if layout.pruned else ""
-    return layout.format.kind + kept
+    return layout.format.kind + kept + (f" {type(layout.selection).__name__}" if layout.selection else "")
 
 
 def _fake(node: Node) -> Any:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from torchaccel.kernels.spec import AttentionSpec, KVFormat, dtype_name
 
+from torchaccel.cost.choose import Verdict
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.runtime.selection import Selection
 
 from ..base import Decline, Reason, SitePlan
 from .choice import Chooser
@@ -39,6 +41,16 @@ class Gate:
         if not self.enabled or plan.dropped:
             return Judgement(plan, (), "")
 
+        if plan.selection is not None:
+            # As a layout: by the decode steps that it is for.
+            exact = self._spec(site, replace(plan, window=None, sinks=0), "decode")
+            verdict = self._lists(site, plan.selection, exact, batch, sites)
+            if verdict is not None:
+                notes.append(verdict.text)
+            if verdict is not None and verdict.switch_tokens is None:
+                declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
+                plan = replace(plan, selection=None)
+
         def pays(asked: SitePlan, exact: SitePlan, of: str, worth: float = 1.0) -> bool:
             shape = AttentionShape(batch, site.kv_heads, TOKENS if of == "prefill" else 1, TOKENS, sites=sites)
             verdict = self.chooser.verdict(self._spec(site, asked, of), self._spec(site, exact, of), shape)
@@ -61,10 +73,27 @@ class Gate:
             plan = replace(plan, window=None, sinks=0)
         return Judgement(plan, tuple(declines), "; ".join(notes))
 
+    def least(self, site: AttentionSite, policy: Selection, exact: AttentionSpec, batch: int, sites: int) -> int:
+        """Stored tokens up to which attention to everything, ``exact``, is as good as to what ``policy`` lists."""
+        verdict = self._lists(site, policy, exact, batch, sites) if self.enabled else None
+        # A cache that was made for lists has paid for them: where none would pay any more, those of the longest do.
+        return policy.covers if verdict is None else max(policy.covers, (verdict.switch_tokens or 1) - 1)
+
+    def _lists(
+        self, site: AttentionSite, policy: Selection, exact: AttentionSpec, batch: int, sites: int
+    ) -> Verdict | None:
+        shape = AttentionShape(batch, site.kv_heads, 1, TOKENS, policy.share, sites, policy.listed)
+        return self.chooser.verdict(listed(exact, policy), exact, shape)
+
     def _spec(self, site: AttentionSite, plan: SitePlan, phase: str) -> AttentionSpec:
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         keys, values = (dense, dense) if phase == "prefill" or plan.formats is None else plan.formats
         return self.make_spec(site, plan, phase, keys, values)
+
+
+def listed(spec: AttentionSpec, policy: Selection) -> AttentionSpec:
+    """The attention ``spec`` over what ``policy`` lists."""
+    return replace(spec, index=policy.unit, index_block=policy.block)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a policy that evicts tokens wants to see, as further results of a graph."""
+"""What a policy wants to see of a prompt, and of later calls, as further results of a graph."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def prompt_outputs(
     site: AttentionSite,
     policy: Eviction | Mixing,
     mass: Node | None,
+    ids: Node | None,
     extra_output: Callable[[Node], int],
 ) -> PromptBinding:
     """Add what ``policy`` wants of ``site`` to the graph; extra_output: makes a node a result and tells its place.
 
-    mass: the attention every token received, when the policy wants it.
+    mass: the attention every token received, ids: of the tokens; when the policy wants them.
     """
     layer = site.index if site.layer is None else site.layer
     with graph.inserting_before(graph.output_node()):
@@ -56,7 +57,7 @@ def prompt_outputs(
         None if plain is None else extra_output(plain),
         (extra_output(tables[0]), extra_output(tables[1])) if tables else None,
         rotation.style if rotation else "half",
-        extra_output(anatomy.ids) if policy.token_ids and anatomy.ids is not None else None,
+        None if ids is None else extra_output(ids),
         tuple(extra_output(mask) for mask in masks),
     )
 

@@ -12,9 +12,9 @@ class AttentionShape:
 
     batch: rows. kv_heads: KV heads. queries: new tokens (decode) or the prompt's (prefill). tokens: keys that are
     stored when attention runs. density: share of the keys, or of the (query, key) pairs, that is read; None takes it
-    from the spec's mask and window, and reads everything where a list of blocks or tokens decides. sites: how many
-    calls like this one stand between two reads of the same bytes (the layers of a model): together they decide whether
-    the cache holds them.
+    from the spec's mask and window, and reads everything where a list of blocks or tokens decides. listed: keys that
+    are read besides ``density``, however many are stored. sites: how many calls like this one stand between two reads
+    of the same bytes (the layers of a model): together they decide whether the cache holds them.
     """
 
     batch: int
@@ -23,6 +23,7 @@ class AttentionShape:
     tokens: int
     density: float | None = None
     sites: int = 1
+    listed: int = 0
 
     def at(self, tokens: int) -> AttentionShape:
         """The same call with ``tokens`` stored."""

@@ -53,7 +53,7 @@ def linear_values(width_: int, shape: LinearShape, processors: int) -> tuple[flo
 def visible_share(spec: AttentionSpec, shape: AttentionShape) -> float:
     """Share of the ``queries x tokens`` pairs that the spec's causal mask and window let a kernel read."""
     if shape.density is not None:
-        return shape.density
+        return min(1.0, shape.density + shape.listed / max(1, shape.tokens))
     pairs = visible_pairs(shape.queries, shape.tokens, spec.causal, spec.window, spec.sinks)
     return pairs / (shape.queries * shape.tokens)
 

@@ -68,7 +68,7 @@ class AppendBinding:
 
 @dataclass(frozen=True)
 class PromptBinding:
-    """What a policy that evicts tokens wants of a prompt, as positions among the graph's results.
+    """What a policy that evicts or selects tokens wants of a prompt, as positions among the graph's results.
 
     queries_output: the last queries ``[B, H, w, D]``. mass_output, plain_output, table_outputs, pairs, ids_output: see
     ``eviction.Prompt``; ids are of all tokens, those that were pruned included. mask_output: the mask's last row, None
@@ -106,7 +106,8 @@ class StoreBinding:
     """A layer whose prompt keys and values come out of this graph and are put into storage.
 
     positions_output: result that holds the columns int64 ``[B, K]`` of pruned tokens; tokens: the logical length where
-    that cannot be read off the keys. prompt: for layouts that evict. latents: for layouts with factors.
+    that cannot be read off the keys. prompt: for layouts that evict or select. latents: for layouts with factors.
+    follows: which of the stores keeps the same tokens, and chooses them for both; it comes first.
     """
 
     key_output: int
@@ -117,6 +118,7 @@ class StoreBinding:
     tokens: TokenCount | None = None
     prompt: PromptBinding | None = None
     latents: LatentBinding | None = None
+    follows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ class Bindings:
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
     buffer, value buffer, positions (when pruned), table and tails (when ragged), key and value buffer of each shared
     prefix, key buffer, value buffer and positions of each class and the scale of values (when mixed), lens (int64
-    ``[3]``, with prefixes or classes ``[1 + their number, 3]``, when ragged ``[4]``), and the rotary table of the first
-    layer that has it. results: for each result of the compiled graph its position among the model's; positions from
-    ``result_count`` on are for the stores only.
+    ``[3]``, with prefixes or classes ``[1 + their number, 3]``, when ragged ``[4]``), the rotary table of the first
+    layer that has it, and the state of the layout's selection. results: for each result of the compiled graph its
+    position among the model's; positions from ``result_count`` on are for the stores only.
     """
 
     arguments: tuple[int, ...]

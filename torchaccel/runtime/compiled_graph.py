@@ -23,9 +23,9 @@ from .storage import Layout, Storage
 class CallCounter:
     """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
 
-    host_bytes: set aside in host memory; part of the KV bytes where the caches are there, too, and else beside them.
-
-    unshared: why rows that begin alike came with, or were given, copies of what they could have shared.
+    kv_bytes, file_bytes: those in memory, and those in files. host_bytes: set aside in host memory; part of the KV
+    bytes where the caches are there, too, and else beside them. unshared: why rows that begin alike came with, or were
+    given, copies of what they could have shared.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class CallCounter:
         self.seconds = 0.0
         self.kv_bytes = 0
         self.host_bytes = 0
+        self.file_bytes = 0
 
 
 class CompiledGraph:
@@ -64,12 +65,15 @@ class CompiledGraph:
             if append.mixed:
                 self._sort(append, results, keys, values)
         tables: dict[tuple[int, int], RotaryTable] = {}
+        kept: list[Tensor | None] = []
         for store in bindings.stores:
-            self._store(store, args, results, tables)
+            kept.append(self._store(store, args, results, tables, kept))
         self.counter.calls += 1
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
-        self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
-        self.counter.host_bytes = sum({part: part.host_bytes for cache in caches for part in cache.parts}.values())
+        parts = {part for cache in caches for part in cache.parts}
+        self.counter.kv_bytes = sum(part.nbytes for part in parts)
+        self.counter.host_bytes = sum(part.host_bytes for part in parts)
+        self.counter.file_bytes = sum(part.file_bytes for part in parts)
         self.counter.seconds += time.perf_counter() - began
         return results[: bindings.result_count]
 
@@ -114,6 +118,7 @@ class CompiledGraph:
                 key_storage.table.reserve(logical + n)
                 if binding.table:
                     inputs.append(key_storage.table.buf)
+            inputs += key_storage.state.values()
             end = keys.end + n
             key_storage.filled = value_storage.filled = end
         total = logical + n
@@ -152,19 +157,24 @@ class CompiledGraph:
         args: tuple[Any, ...],
         results: list[Any],
         tables: dict[tuple[int, int], RotaryTable],
-    ) -> None:
+        kept: list[Tensor | None],
+    ) -> Tensor | None:
+        """Put a layer's prompt into storage; returns the tokens that stay, as ``kept`` has them of earlier stores."""
         positions = logical = None
         if binding.positions_output is not None and binding.tokens is not None:
             positions, logical = results[binding.positions_output][:, None], binding.tokens.of(args)
         outputs = binding.key_output, binding.value_output
         layouts = binding.key_layout, binding.value_layout
         keys, values = (results[output] for output in outputs)
+        chosen: Tensor | None = None
         if binding.prompt is not None and layouts[0].mixing is not None:
             stored = store_mixed(layouts, binding.prompt, results, keys, values)
         elif binding.prompt is not None:
             if logical is None:
                 logical = keys.shape[2]
-            stored = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions)
+            given = None if binding.follows is None else kept[binding.follows]
+            *both, chosen = store_prompt(layouts, binding.prompt, results, keys, values, logical, positions, given)
+            stored = both[0], both[1]
         else:
             table = None
             if binding.latents is not None:
@@ -174,6 +184,7 @@ class CompiledGraph:
                 compress(layouts[1], values, logical),
             )
         results[outputs[0]], results[outputs[1]] = stored
+        return chosen
 
 
 def prefixes(keys: Storage, values: Storage, inputs: list[Any]) -> tuple[int, ...]:

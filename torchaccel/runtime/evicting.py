@@ -1,4 +1,4 @@
-"""Runs eviction policies on the caches of a compiled graph: after a prompt, and after every later call."""
+"""Runs policies on the caches of a compiled graph: after a prompt, and those that evict after every later call."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torchaccel.kernels import rotation
 
 from .aside import set_aside
 from .bindings import PromptBinding
-from .eviction import EvictionRecord, Prompt, RaggedEviction, Step
+from .eviction import Eviction, EvictionRecord, Prompt, RaggedEviction, Step
 from .kv import LogicalKV, compress, view
 from .ragged import store_ragged
+from .selection import Selection
 from .storage import Layout, Storage
 
 
@@ -26,31 +27,48 @@ def store_prompt(
     values: Tensor,
     logical: int,
     columns: Tensor | None,
-) -> tuple[LogicalKV, LogicalKV]:
-    """The logical keys and values of a prompt, of which the policy of ``layouts`` keeps a part.
+    given: Tensor | None = None,
+) -> tuple[LogicalKV, LogicalKV, Tensor | None]:
+    """The logical keys and values of a prompt, as the policies of ``layouts`` want it, and which tokens stay.
 
-    keys, values: ``[B, H_kv, S, D]``. columns: int64 ``[B, 1, S]`` when tokens were pruned before, else None.
+    keys, values: ``[B, H_kv, S, D]``. columns: int64 ``[B, 1, S]`` when tokens were pruned before, else None. given:
+    int64 ``[B, H_kv, n]``, the tokens that another layer chose for this one, too. The third result is like ``given``,
+    None for all tokens.
     """
     policy = layouts[0].eviction
-    assert policy is not None
     prompt = prompt_of(layouts, binding, results, keys, values, columns)
     if isinstance(policy, RaggedEviction):
         ragged = store_ragged(layouts, keys, values, policy.kept(prompt), logical, columns)
-        return view(ragged[0], 0, logical, logical), view(ragged[1], 0, logical, logical)
-    kept = policy.keep(prompt)
-    keys, values = policy.merge(prompt, kept)
-    whole = columns
-    if columns is not None:
-        columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
-    stored = compress(layouts[0], keys, logical, kept if columns is None else columns)
+        return view(ragged[0], 0, logical, logical), view(ragged[1], 0, logical, logical), None
+    kept, whole = given, columns
+    if kept is None and policy is not None:
+        kept = policy.keep(prompt)
+    if kept is not None:
+        keys, values = (policy or Eviction()).merge(prompt, kept)
+        columns = kept if columns is None else columns.expand(-1, kept.shape[1], -1).gather(2, kept)
+    stored = compress(layouts[0], keys, logical, columns)
     storage = stored.physical
     assert storage is not None
-    room = storage.capacity - kept.shape[2]
-    state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
-    storage.record = EvictionRecord(state, policy.capacity(prompt))
-    if policy.later_queries and storage.record.capacity < prompt.keys.shape[2]:
-        storage.record.aside = set_aside(prompt, whole, kept.shape[2])
-    return stored, compress(layouts[1], values, logical)
+    if policy is not None and kept is not None:
+        room = storage.capacity - kept.shape[2]
+        state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
+        storage.record = EvictionRecord(state, policy.capacity(prompt))
+        if policy.later_queries and storage.record.capacity < prompt.keys.shape[2]:
+            storage.record.aside = set_aside(prompt, whole, kept.shape[2])
+    if layouts[0].selection is not None:
+        _remember(storage, layouts[0].selection, prompt, keys, kept)
+    return stored, compress(layouts[1], values, logical), kept
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _remember(storage: Storage, policy: Selection, prompt: Prompt, keys: Tensor, kept: Tensor | None) -> None:
+    """Let a policy that selects see the ``keys`` ``[B, H_kv, n, D]`` that are stored of a prompt."""
+    storage.state = policy.allocate(storage.sizes, keys.device)
+    # The heads keep different tokens, but equally many of the padding, which comes before them.
+    valid = prompt.valid if kept is None else prompt.valid.gather(1, kept[:, 0])
+    storage.state["first"].copy_(torch.where(valid.any(-1), valid.int().argmax(-1), keys.shape[2]))
+    policy.begin(storage.state, prompt, keys, kept)
 
 
 def prompt_of(

@@ -279,6 +279,11 @@ def _slice(kv: LogicalKV, dim: int = 0, start: int | None = None, end: int | Non
                 f"pruned together and cannot be cut apart ({_pruning(storage.layout)})"
             )
         return _aged(kv, view(storage, kv.start, kv.end - (size - hi), hi))
+    if storage.layout.selection is not None and lo:
+        raise EvictedTokensError(
+            f"asked to crop a KV cache to columns {lo}..{hi}, but {type(storage.layout.selection).__name__} counts its "
+            "blocks from the first column on; crop its end only"
+        )
     if storage.prefixes and (lo or hi < storage.offset):
         flat = flatten(storage, hi, kv.age, reason="a shared prefix was cropped")
         return view(flat, lo, hi, hi - lo)

@@ -106,6 +106,8 @@ def _problem(storage: Storage, start: int) -> str | None:
         return "pruned tokens are not shared"
     if storage.layout.factors is not None:
         return "latents are not shared"
+    if storage.layout.selection is not None:
+        return f"what {type(storage.layout.selection).__name__} remembers of tokens is not shared"
     if start:
         return "a sliding window is not shared"
     if len(storage.prefixes) == MAX_PREFIXES:

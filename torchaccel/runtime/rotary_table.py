@@ -30,7 +30,12 @@ class RotaryTable:
 
     @property
     def host_bytes(self) -> int:
-        """None of it is in host memory."""
+        """None of it is set aside."""
+        return 0
+
+    @property
+    def file_bytes(self) -> int:
+        """None of it is in files."""
         return 0
 
     def reserve(self, columns: int) -> None:

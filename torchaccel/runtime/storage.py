@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from mmap import mmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchaccel.errors import OffloadError
 from torchaccel.kernels import kv_format, latents, registry, rotation
-from torchaccel.kernels.spec import KVFormat
+from torchaccel.kernels.spec import DTYPES, KVFormat
 
-from .eviction import Eviction, EvictionRecord
+from . import offload
+from .eviction import Eviction, EvictionRecord, State
 from .factors import Factors
 from .mixing import Mixing
 from .rotary_table import RotaryTable
+from .selection import Selection, Sizes, copied
 
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
 # in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
@@ -30,15 +34,18 @@ class Layout:
     """What a logical KV tensor stores physically; hashable, and guarded by the compiled graphs.
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
-    the same slots need none). eviction: the policy by which tokens go. prefixes: number of buffers of other storages
-    that hold the first columns. factors: of a format that stores latents. mixing: how all
-    but the newest tokens are sorted into classes.
+    the same slots need none). eviction: the policy by which tokens go. selection: that by which a step chooses what it
+    reads; its state lies with the keys. offload: folder of the file in which the tokens lie, None for memory. prefixes:
+    number of buffers of other storages that hold the first columns. factors: of a format that stores latents. mixing:
+    how all but the newest tokens are sorted into classes.
     """
 
     format: KVFormat
     positions: bool = False
     pruned: bool = False
     eviction: Eviction | None = None
+    selection: Selection | None = None
+    offload: str | None = None
     prefixes: int = 0
     factors: Factors | None = None
     mixing: Mixing | None = None
@@ -112,6 +119,10 @@ class Storage:
         self.contiguous_from = contiguous_from
         self.capacity = kv_format.capacity(layout.format, buf)
         self.record: EvictionRecord | None = None
+        # Of the file that the buffer lies in.
+        self.mapping: mmap | None = None
+        # Of the layout's selection, in the order of its names.
+        self.state: State = {}
         self.generation = 0
         self.views: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.cuts: list[Cut] = []
@@ -133,17 +144,28 @@ class Storage:
         return self.buf.shape[0]
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes of the file that holds the tokens."""
+        return 0 if self.mapping is None else self.buf.nbytes
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the shapes of a selection's state depend on."""
+        return sizes(self.layout.format, self.buf)
+
+    @property
     def heads(self) -> int:
         """Number of KV heads."""
         return self.buf.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: tokens, columns, what a policy remembers, and what it has set aside on this device."""
-        further = [*(self.record.state.values() if self.record else ()), self.positions, self.scale]
+        """Bytes allocated on this device: tokens unless they lie in a file, columns, what policies remember."""
+        remembered = [*self.state.values(), *(self.record.state.values() if self.record else ())]
+        further = [*remembered, self.positions, self.scale, *(() if self.mapping is not None else (self.buf,))]
         aside = None if self.record is None else self.record.aside
         here = aside.nbytes if aside and aside.device == self.buf.device else 0
-        return self.buf.nbytes + sum(x.nbytes for x in further if x is not None) + here
+        return sum(x.nbytes for x in further if x is not None) + here
 
     @property
     def host_bytes(self) -> int:
@@ -178,6 +200,12 @@ class Storage:
     def lengths(self, start: int, end: int, logical: int) -> tuple[int, ...]:
         """What kernels are told of slots ``start .. end`` of a sequence of ``logical`` columns."""
         return start, end, logical - self.offset
+
+    def rest(self, mapping: mmap | None) -> None:
+        """Leave a buffer that was just filled to its file, if it has one."""
+        self.mapping = mapping
+        if mapping is not None:
+            offload.release(mapping)
 
     def intact(self, end: int, age: int) -> bool:
         """Whether nothing before slot ``end`` was overwritten since cut number ``age``."""
@@ -285,6 +313,8 @@ class Storage:
             if self.record.aside is not None:
                 self.record.aside = self.record.aside.take(None, self.filled - end)
         self.filled = end
+        if self.layout.selection is not None:
+            self.layout.selection.restore(self.state, self.read, end, end)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -302,7 +332,7 @@ class Storage:
         # Whole quantised blocks are moved as they are: their codes must not be made anew.
         intact = self.intact(end, len(self.cuts) if age is None else age)
         base = start - start % fmt.block if fmt.is_blocked and intact else start
-        buf = kv_format.allocate(fmt, rows, heads, grown(end - base + room), self.buf.device)
+        buf, mapping = _allocate(self.layout, rows, heads, grown(end - base + room), self.buf.device)
         slots = None
         if self.positions is not None:
             slots = self.positions.new_empty(rows, self.positions.shape[1], kv_format.capacity(fmt, buf))
@@ -319,6 +349,7 @@ class Storage:
         new = Storage(self.layout, buf, end - base, slots, self.contiguous_from, self.prefixes, table)
         new.classes = tuple(part.copy(0, part.filled, 1, batch)[0] for part in self.classes)
         new.scale = None if self.scale is None else pick(self.scale)
+        new.rest(mapping)
         if self.record is not None:
             room = new.capacity - (end - base)
             state = {
@@ -327,6 +358,13 @@ class Storage:
             }
             aside = None if self.record.aside is None else self.record.aside.take(batch, self.filled - end)
             new.record = EvictionRecord(state, self.record.capacity, self.record.calls, aside)
+        policy = self.layout.selection
+        if policy is not None:
+            new.state = copied(policy, self.state, new.sizes, batch)
+            # Of slots that others overwrote since, the state is that of the others.
+            good = min([end, *(cut.first for cut in self.cuts[len(self.cuts) if age is None else age :])])
+            if good < self.filled:
+                policy.restore(new.state, new.read, good, end)
         return new, start - base
 
     def moved(self, device: torch.device, prefixes: tuple[Prefix, ...] = ()) -> Storage:
@@ -343,7 +381,13 @@ class Storage:
         if self.record is not None:
             state = {name: x.to(device) for name, x in self.record.state.items()}
             new.record = replace(self.record, state=state)
+        new.state = {name: x.to(device) for name, x in self.state.items()}
         return new
+
+
+def sizes(fmt: KVFormat, buf: Tensor) -> Sizes:
+    """The sizes of a buffer of a format, symbolic ones for a fake buffer."""
+    return Sizes(buf.shape[0], buf.shape[1], kv_format.capacity(fmt, buf), fmt.head_dim, DTYPES[fmt.dtype])
 
 
 def grown(need: int) -> int:
@@ -363,7 +407,7 @@ def store(
     table: for layouts that are ``turned``.
     """
     batch, heads, n, _ = tokens.shape
-    buf = kv_format.allocate(layout.format, batch, heads, grown(n), tokens.device)
+    buf, mapping = _allocate(layout, batch, heads, grown(n), tokens.device)
     # Quantising 32k tokens of 4 heads takes 6 ms here, and 92-180 ms operator by operator.
     registry.append(layout.format, buf.device.type).run(buf, 0, rotation.stored(layout.format, tokens))
     slots = None
@@ -372,7 +416,21 @@ def store(
         columns = torch.arange(n, device=tokens.device).view(1, 1, -1) if positions is None else positions
         slots = torch.empty(batch, columns.shape[1], room, dtype=torch.int32, device=tokens.device)
         slots[..., :n] = columns.to(torch.int32)
-    return Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
+    stored = Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
+    stored.rest(mapping)
+    return stored
+
+
+def _allocate(layout: Layout, rows: int, heads: int, capacity: int, device: torch.device) -> tuple[Tensor, mmap | None]:
+    """A buffer, and its mapping where it lies in a file."""
+    if layout.offload is None or layout.format.kind == "empty":
+        return kv_format.allocate(layout.format, rows, heads, capacity, device), None
+    if device.type != "cpu":
+        raise OffloadError(
+            f"asked to keep a KV cache of device {device} in a file of {layout.offload!r}, which only CPUs can read; "
+            "leave the option offload out"
+        )
+    return offload.allocate(layout.format, rows, heads, capacity, layout.offload)
 
 
 @torch.inference_mode(False)

@@ -1,0 +1,76 @@
+"""The lists of tokens that steps read: made in the graph by a policy, for a site and those that share its choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.runtime import selection
+from torchaccel.runtime.kv import LogicalKV
+from torchaccel.runtime.selection import Selection
+from torchaccel.runtime.storage import Layout, sizes
+
+from .signature import Signature
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What a site reads: node int32 ``[B, H_kv, width]``, made by ``policy`` beyond ``least`` stored tokens."""
+
+    index: Node
+    policy: Selection
+    least: int
+
+
+class Retrieval:
+    """The lists of one graph; ``made`` has them by the index of the site whose state they were made from."""
+
+    def __init__(self, graph: Graph, signature: Signature):
+        self.graph = graph
+        self.signature = signature
+        self.made: dict[int, Lists] = {}
+
+    def lists(
+        self,
+        site: AttentionSite,
+        leader: int | None,
+        layout: Layout,
+        lens: Node,
+        ids: Node | None,
+        least: Callable[[Selection], int],
+    ) -> Lists | None:
+        """The lists of ``site``, or those that it shares with ``leader``; None where it reads everything.
+
+        layout: of its keys. lens: the lengths of its cache. ids: of the new tokens, or None. least: see ``Lists``.
+        """
+        policy = layout.selection
+        if policy is None:
+            return None if leader is None else self.made.get(leader)
+        past = site.key_cache.past
+        assert past is not None
+        fake = past.meta["example_value"]
+        assert isinstance(fake, LogicalKV)
+        shapes = policy.shapes(sizes(layout.format, fake.buf))
+        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
+        state = [
+            self.signature.placeholder(f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype))
+            for name, (shape, dtype) in shapes.items()
+        ]
+        made = least(policy)
+        arguments = (
+            site.q,
+            site.key_cache.new,
+            state,
+            lens,
+            site.mask,
+            ids if policy.token_ids else None,
+            made,
+            policy.key(),
+        )
+        with self.graph.inserting_before(site.node):
+            index = self.graph.call_function(selection.operator(), arguments)
+        self.made[site.index] = Lists(index, policy, made)
+        return self.made[site.index]

@@ -1,0 +1,51 @@
+"""What all methods share that store every token and read some of them: the layers that stay dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.runtime.selection import Selection
+
+from .base import Decline, Fidelity, SitePlan
+from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
+
+
+class RetrievingOptions(LayerwiseOptions):
+    """dense_layers: first layers that read everything, unless ``layers`` names the ones to treat. offload: a folder;
+    the tokens of the other layers lie in files there, of which steps read what they list."""
+
+    dense_layers: int = Field(default=2, ge=0)
+    offload: str | None = Field(default=None)
+
+    @field_validator("offload")
+    @classmethod
+    def _folder(cls, offload: str | None) -> str | None:
+        if offload is not None and not Path(offload).is_dir():
+            raise ValueError("offload names a folder for memory-mapped files, and there is none of this name")
+        return offload
+
+    def select(self, count: int) -> set[int]:
+        chosen = super().select(count)
+        return chosen if self.layers is not None else chosen - set(range(self.dense_layers))
+
+
+class RetrievingMethod(LayerwiseMethod):
+    """Subclasses give the policy that chooses what a decode step reads; prompts, and several new tokens, read all."""
+
+    fidelity = Fidelity.APPROX
+    phases = frozenset({"prefill", "extend", "decode"})
+
+    options: RetrievingOptions
+
+    def refuse(self, site: AttentionSite) -> Decline | None:
+        return refuse_cache(site, sliding=False)
+
+    def treat(self, plan: SitePlan, site: AttentionSite) -> None:
+        plan.selection, plan.offload = self.policy(site), self.options.offload
+
+    def policy(self, site: AttentionSite) -> Selection:
+        """The policy of a site."""
+        raise NotImplementedError

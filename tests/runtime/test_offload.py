@@ -1,0 +1,59 @@
+"""Caches in files: the same tokens, less memory, and clear errors."""
+
+import pytest
+import torch
+from torchaccel.kernels.spec import KVFormat
+
+import torchaccel
+from tests.e2e.generation import compiled, greedy, prompt
+from torchaccel.errors import OffloadError, OptionsError
+from torchaccel.runtime.storage import Layout, store
+
+QUEST = {"method": "quest", "tokens": 48, "dense_layers": 0}
+
+
+def resident() -> int:
+    """Bytes of this process's mapped files that are in memory."""
+    with open("/proc/self/status") as status:
+        lines = [line.split() for line in status if line.startswith(("RssFile", "RssShmem"))]
+    return 1024 * sum(int(size) for _, size, _ in lines)
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8"])
+def test_memory_of_what_is_not_read_is_given_back(kind, tmp_path):
+    tokens = torch.randn(1, 4, 65536, 64)
+    fmt = KVFormat(kind, "float32", 64)
+    memory = store(Layout(fmt), tokens, 65536)
+    before = resident()
+    filed = store(Layout(fmt, offload=str(tmp_path)), tokens, 65536)
+    assert resident() - before < 0.25 * filed.file_bytes and filed.file_bytes > 16e6
+    assert filed.nbytes == 0 and filed.file_bytes == memory.nbytes and not list(tmp_path.iterdir())
+    assert torch.equal(filed.read(1000, 1100), memory.read(1000, 1100))
+    # The system maps more than was read, up to a megabyte or two for each head.
+    assert resident() - before < 0.5 * filed.file_bytes
+    assert torch.equal(filed.read(0, 65536), memory.read(0, 65536))
+    assert resident() - before > 0.75 * filed.file_bytes
+    copy, _ = filed.copy(0, 65536, 100)
+    assert copy.mapping is not None and torch.equal(copy.read(65000, 65536), memory.read(65000, 65536))
+
+
+def test_generation_is_the_same(tmp_path):
+    _, memory = compiled("llama", options={"sparse_attention": QUEST})
+    inputs = prompt(2, 123, padding=(0, 21))
+    expected = greedy(memory, inputs, 40)
+    _, files = compiled("llama", options={"sparse_attention": QUEST | {"offload": str(tmp_path)}})
+    assert torch.equal(greedy(files, inputs, 40), expected)
+    counters = [torchaccel.report(model).records[-1].counter for model in (memory, files)]
+    assert counters[0].file_bytes == 0
+    assert counters[1].file_bytes > counters[1].kv_bytes
+    assert counters[1].file_bytes + counters[1].kv_bytes == counters[0].kv_bytes
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(OptionsError, match="names a folder"):
+        torchaccel.options.resolve({"sparse_attention": QUEST | {"offload": "host"}})
+    fmt = KVFormat("dense", "float32", 8)
+    with pytest.raises(OffloadError, match="with room"):
+        store(Layout(fmt, offload=str(tmp_path / "gone")), torch.zeros(1, 1, 9, 8), 9)
+    with pytest.raises(OffloadError, match="device meta"):
+        store(Layout(fmt, offload=str(tmp_path)), torch.zeros(1, 1, 9, 8, device="meta"), 9)
