@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.fx import Graph, Node
+from torchaccel.kernels.prompt_selectors.base import PromptSelector
 from torchaccel.kernels.spec import KVFormat
 
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
@@ -42,6 +43,7 @@ class Reason(Enum):
     STATIC_CACHE = "the cache is a static buffer, in which only the mask knows where the tokens end"
     ALL_LOGITS = "the graph returns logits of every position, so no token may be dropped"
     NO_SUCH_LAYER = "the option layers names a layer that the model does not have"
+    NO_SUCH_HEAD = "the plan names a head that the layer does not have"
     TOO_FEW_LAYERS = "the model has too few layers for this setting"
     NO_LAYERS = "no residual layers were found in the graph"
     OPAQUE_SEQUENCE = "the sequence dimension could not be followed through the graph"
@@ -94,7 +96,7 @@ class SitePlan:
 
     formats: how keys and values are stored, None for dense. eviction: which tokens stay, None for all. keep: node int64
     ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so
-    nothing of its cache is stored.
+    nothing of its cache is stored. selector: which blocks of keys a prompt reads, None for all.
     """
 
     window: int | None = None
@@ -103,6 +105,7 @@ class SitePlan:
     eviction: Eviction | None = None
     keep: Node | None = None
     dropped: bool = False
+    selector: PromptSelector | None = None
 
 
 class Fuel:

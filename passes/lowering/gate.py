@@ -36,6 +36,7 @@ class Gate:
         """The part of ``plan`` that pays in a graph of ``phase``; ``sites``: the attention layers of the model."""
         notes: list[str] = []
         declines: list[Decline] = []
+        least = 0
         if not self.enabled or plan.dropped:
             return Judgement(plan, (), "")
 
@@ -59,7 +60,17 @@ class Gate:
             plan, replace(plan, window=None, sinks=0), "prefill" if phase == "prefill" else "decode"
         ):
             plan = replace(plan, window=None, sinks=0)
-        return Judgement(plan, tuple(declines), "; ".join(notes))
+        if plan.selector is not None:
+            shape = AttentionShape(batch, site.kv_heads, TOKENS, TOKENS, sites=sites)
+            exact = self._spec(site, replace(plan, selector=None), "prefill")
+            verdict = self.chooser.sparse_verdict(plan.selector, exact, shape)
+            if verdict is not None:
+                notes.append(verdict.text)
+                least = verdict.switch_tokens or 0
+                if verdict.switch_tokens is None:
+                    declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
+                    plan = replace(plan, selector=None)
+        return Judgement(plan, tuple(declines), "; ".join(notes), least)
 
     def _spec(self, site: AttentionSite, plan: SitePlan, phase: str) -> AttentionSpec:
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
@@ -69,8 +80,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What remains of a plan, the declines of what does not pay, and the predicted numbers in one line."""
+    """What remains of a plan, the declines of what does not pay, and the predicted numbers in one line.
+
+    least: tokens from which a prompt's ``selector`` pays.
+    """
 
     plan: SitePlan
     declines: tuple[Decline, ...]
     text: str
+    least: int = 0

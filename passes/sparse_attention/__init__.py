@@ -1,5 +1,9 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
+from .flex_prefill import FlexPrefill
+from .loopserve import LoopServePrompt
+from .minference import MInference
 from .streaming_llm import StreamingLLM
+from .xattention import XAttention
 
-METHODS = (StreamingLLM,)
+METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt)

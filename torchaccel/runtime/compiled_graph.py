@@ -20,7 +20,8 @@ from .storage import Layout, Storage
 class CallCounter:
     """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
 
-    unshared: why rows that begin alike came with, or were given, copies of what they could have shared.
+    unshared: why rows that begin alike came with, or were given, copies of what they could have shared. shares: what
+    part of the causal pairs each sparse site of a prompt read in the last call, scalars on the model's device.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class CallCounter:
         self.calls = 0
         self.seconds = 0.0
         self.kv_bytes = 0
+        self.shares: list[Tensor] = []
 
 
 class CompiledGraph:
@@ -56,6 +58,7 @@ class CompiledGraph:
         for store in bindings.stores:
             self._store(store, args, results)
         self.counter.calls += 1
+        self.counter.shares = [results[position] for position in bindings.shares]
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
         self.counter.kv_bytes = sum({part: part.nbytes for cache in caches for part in cache.parts}.values())
         self.counter.seconds += time.perf_counter() - began
