@@ -170,3 +170,10 @@ class Method(Pass):
 
     def __init__(self, options: Any):
         self.options = options
+        self.phase: str | None = None
+
+    def keep_to(self, phase: str, graphs: frozenset[Phase]) -> None:
+        """Treat those of ``graphs`` only; ``phase`` is their name in options, noted where the method treats others."""
+        if not self.phases <= graphs:
+            self.phase = phase
+            self.phases = self.phases & graphs  # type: ignore[misc]

@@ -12,7 +12,7 @@ from ..selection_spec import PromptSelectionSpec
 from ..spec import AttentionSpec
 from .base import PromptSelector
 from .estimated import expected_share
-from .lines import line_scores, live_tokens, marked, pooled, top
+from .lines import line_scores, live_tokens, marked, pooled
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AdaptiveLines(PromptSelector):
 
     def _divergence(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None, seen: Tensor) -> Tensor:
         """Distance between what means predict of the last queries and ``seen`` ``[B, H, N]``: float32 ``[B, H]``."""
-        batch, heads, tokens, dim = q.shape
+        batch, _, tokens, _ = q.shape
         live = live_tokens(tokens, first, batch, q.device)
         mean = k.float().masked_fill(~live[:, None, :, None], 0).transpose(2, 3)
         count = pooled(live.float(), self.block)[:, None, None]
@@ -84,12 +84,7 @@ class AdaptiveLines(PromptSelector):
         asking = last.masked_fill(~its[:, None, :, None], 0).sum(2) / its.sum(1)[:, None, None]
         scores = (asking[:, :, None] @ mean)[:, :, 0] * spec.scale
         predicted = scores.masked_fill(count[:, 0] == 0, -torch.inf).softmax(-1)
-        middle = (predicted + seen) / 2
-        divergence = sum(
-            (torch.special.xlogy(p, p) - torch.special.xlogy(p, middle)).sum(-1) for p in (predicted, seen)
-        )
-        assert isinstance(divergence, Tensor)
-        return (divergence / 2).clamp(min=0).sqrt()
+        return distance(predicted, seen)
 
     def _pairs(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
         """The best pairs of blocks by their means, as many as hold gamma of all rows: bool ``[B, H, N, N]``."""
@@ -118,3 +113,10 @@ class AdaptiveLines(PromptSelector):
 def covering(scores: Tensor, part: float) -> Tensor:
     """How many of the largest scores ``[..., N]`` it takes until they add up to ``part``: int64 ``[...]``."""
     return (scores.sort(-1, descending=True).values.cumsum(-1) < part).sum(-1) + 1
+
+
+def distance(p: Tensor, q: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence of distributions ``[..., N]``, in nats: float32 ``[...]``."""
+    middle = (p + q) / 2
+    parts = [(torch.special.xlogy(x, x) - torch.special.xlogy(x, middle)).sum(-1) for x in (p, q)]
+    return ((parts[0] + parts[1]) / 2).clamp(min=0).sqrt()

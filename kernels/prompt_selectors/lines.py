@@ -71,7 +71,7 @@ def live_tokens(tokens: int, first: Tensor | None, batch: int, device: torch.dev
 
 
 def top(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the largest scores ``[B, H, S]``, and which of them are among the ``counts`` ``[H | 1]`` best of a head.
+    """Places of the largest scores ``[B, H, S]``, and which are among the ``counts`` ``[H | 1]`` best of a head.
 
     Scores of minus infinity are none of the best.
     """

@@ -83,7 +83,7 @@ def search_patterns(
 
     q: ``[B, H, S, D]``. k: ``[B, H_kv, S, D]``, of one layer, without padding. spec: of the attention.
     """
-    batch, heads, tokens, _ = q.shape
+    batch, _, tokens, _ = q.shape
     rows = torch.linspace(tokens // 4, tokens - 1, min(64, tokens), device=q.device).long().expand(batch, -1)
     weights = torch.cat(row_weights(spec, q, k, rows, None, lambda x: pooled(x, block)), 1)
     recalls = []

@@ -98,8 +98,8 @@ class Bindings:
     arguments: original arguments passed through, in order; after them come, for each append that is not skipped, key
     buffer, value buffer, positions (when pruned), key and value buffer of each shared prefix, and lens (int64 ``[3]``,
     with prefixes ``[1 + prefixes, 3]``). results: for each result of the compiled graph its position among the model's;
-    positions from ``result_count`` on are for the stores, and for shares: where sparse prompts say what part of the causal
-    pairs they read.
+    positions from ``result_count`` on are for the stores and for shares: where sparse prompts say what part of the
+    causal pairs they read.
     """
 
     arguments: tuple[int, ...]
