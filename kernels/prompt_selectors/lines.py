@@ -73,11 +73,12 @@ def live_tokens(tokens: int, first: Tensor | None, batch: int, device: torch.dev
 def top(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Places of the largest scores ``[B, H, S]``, and which are among the ``counts`` ``[H | 1]`` best of a head.
 
-    Scores of minus infinity are none of the best.
+    counts lie on the CPU. Scores of minus infinity are none of the best.
     """
     most = min(int(counts.max()), scores.shape[-1])
     best = scores.topk(most, -1)
-    return best.indices, (torch.arange(most, device=scores.device) < counts[:, None]) & (best.values > -torch.inf)
+    chosen = (torch.arange(most) < counts[:, None]).to(scores.device)
+    return best.indices, chosen & (best.values > -torch.inf)
 
 
 def marked(places: Tensor, chosen: Tensor, blocks: int) -> Tensor:

@@ -36,40 +36,35 @@ class HeadPatterns(PromptSelector):
         patterns = self.heads * heads if len(self.heads) == 1 else self.heads
         if len(patterns) != heads:
             raise ValueError(f"a pattern for each of {heads} heads, or one for all, is needed; found {len(patterns)}")
-        kinds = [kind for kind, _, _ in patterns]
-        count = -(-tokens // self.block)
-        columns = torch.zeros(q.shape[0], heads, count, dtype=torch.bool, device=q.device)
-        diagonals = columns.clone()
+        device, count = q.device, -(-tokens // self.block)
 
-        def sizes(kind: str, field: int) -> Tensor:
-            return torch.tensor([p[field] if p[0] == kind else 0 for p in patterns])
+        def sizes(of: str, field: int) -> Tensor:
+            """A number of every head's pattern, 0 for heads of other patterns: int64 ``[H]``."""
+            return torch.tensor([pattern[field] if pattern[0] == of else 0 for pattern in patterns])
 
-        begin = None if first is None else first[:, None, None]
-        if "a_shape" in kinds:
-            near = self._static(sizes("a_shape", 1).to(q.device), begin, count)
-            columns |= near
-            reach = -(-(sizes("a_shape", 2).to(q.device) - 1) // self.block)
-            within = torch.arange(count, device=q.device) <= reach[:, None]
-            diagonals |= within & (sizes("a_shape", 2).to(q.device) > 0)[:, None]
-        if "vertical_and_slash" in kinds:
-            of_kind = torch.tensor([kind == "vertical_and_slash" for kind in kinds])
-            found = self._lines(spec, q, k, first, sizes("vertical_and_slash", 1), sizes("vertical_and_slash", 2))
-            columns |= found[0] & of_kind.to(q.device)[:, None]
-            diagonals |= found[1] & of_kind.to(q.device)[:, None]
-        lists = registry.block_lists(q.device.type)(columns, diagonals, None, first, self.block)
+        columns, diagonals = self._band(sizes("a_shape", 1).to(device), sizes("a_shape", 2).to(device), first, count)
+        if any(kind == "vertical_and_slash" for kind, _, _ in patterns):
+            vertical, slash = sizes("vertical_and_slash", 1), sizes("vertical_and_slash", 2)
+            found = self._lines(spec, q, k, first, vertical, slash)
+            here = torch.tensor([kind == "vertical_and_slash" for kind, _, _ in patterns], device=device)[:, None]
+            columns, diagonals = columns | (found[0] & here), diagonals | (found[1] & here)
+        flags = [x.expand(q.shape[0], -1, -1) for x in (columns, diagonals)]
+        lists: Tensor = registry.block_lists(device.type)(*flags, None, first, self.block)
         for best in sorted({n for kind, n, _ in patterns if kind == "block_sparse"}):
-            chosen = EstimatedBlocks(self.block, "mean", self.block, min(best, count), 1.0, 0, 1).select(
-                spec, q, k, first
-            )
-            chosen = torch.nn.functional.pad(chosen, (0, count - chosen.shape[3]), value=-1)
-            here = torch.tensor([kind == "block_sparse" and n == best for kind, n, _ in patterns], device=q.device)
+            by_means = EstimatedBlocks(self.block, "mean", self.block, best, sinks=0)
+            chosen = by_means.select(spec, q, k, first)
+            chosen = torch.nn.functional.pad(chosen, (0, count - best), value=-1)  # or cut, what is beyond is empty
+            here = (sizes("block_sparse", 1) == best).to(device)
             lists = torch.where(here[:, None, None], chosen, lists)
         return lists
 
-    def _static(self, sinks: Tensor, begin: Tensor | None, count: int) -> Tensor:
-        """Blocks that hold some of the first ``sinks`` ``[H]`` live tokens: bool ``[B | 1, H, N]``."""
-        starts = torch.arange(count, device=sinks.device) * self.block
-        return (starts < (0 if begin is None else begin) + sinks[:, None]) & (sinks > 0)[:, None]
+    def _band(self, sinks: Tensor, near: Tensor, first: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        """Block columns of the first ``sinks`` ``[H]``, block diagonals of the ``near``: bool ``[B | 1, H, N]``."""
+        block = torch.arange(count, device=sinks.device)
+        end = sinks[:, None] + (0 if first is None else first[:, None, None])
+        columns = ((block * self.block < end) & (sinks > 0)[:, None]).view(-1, len(sinks), count)
+        diagonals = (block * self.block < near[:, None] + self.block - 1) & (near > 0)[:, None]
+        return columns, diagonals[None]
 
     def _lines(
         self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None, vertical: Tensor, slash: Tensor
@@ -85,13 +80,9 @@ class HeadPatterns(PromptSelector):
         # Of a prompt that begins later, diagonals are as much shorter.
         diagonals = diagonals.masked_fill(places < NEAREST, torch.inf)
         diagonals = diagonals.masked_fill(~live.flip(-1)[:, None], -torch.inf)
-        least = torch.tensor([SINKS, NEAREST])
-        best, chosen = top(columns, vertical.clamp(min=least[0]).to(q.device))
-        offsets, kept = top(diagonals, slash.clamp(min=least[1]).to(q.device))
-        return (
-            marked(best // self.block, chosen, count),
-            diagonal_blocks(offsets, kept, self.block, count),
-        )
+        best, chosen = top(columns, vertical.clamp(min=SINKS))
+        offsets, kept = top(diagonals, slash.clamp(min=NEAREST))
+        return marked(best // self.block, chosen, count), diagonal_blocks(offsets, kept, self.block, count)
 
     def share(self, tokens: int) -> float:
         return sum(banded_share(tokens, self._seen(p)) for p in self.heads) / len(self.heads)

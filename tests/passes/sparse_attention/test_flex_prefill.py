@@ -13,7 +13,7 @@ from tests.passes.sparse_attention.prompt_reference import (
     from_lines,
 )
 
-BLOCK, GAMMA, TAU, LEAST = 64, 0.4, 0.12, 64
+BLOCK, GAMMA, TAU, LEAST = 64, 0.4, 0.215, 64
 OPTIONS = {"method": "flex_prefill", "block": BLOCK, "gamma": GAMMA, "tau": TAU, "min_budget": LEAST}
 
 
