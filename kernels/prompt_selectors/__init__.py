@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from typing import Any
 
 from .adaptive import AdaptiveLines
 from .base import PromptSelector
@@ -24,5 +25,5 @@ def from_key(key: str) -> PromptSelector:
     return kind(**{name: _tuples(value) for name, value in fields.items()})
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
