@@ -88,3 +88,10 @@ def test_a_model_without_a_cache_is_sparse_too():
     with torch.no_grad():
         fast(prompt(1, 300)["input_ids"], use_cache=False)
     assert torchaccel.report(fast).density < 1
+
+
+def test_with_a_method_for_what_follows_the_prompt():
+    later = {"method": "streaming_llm", "sinks": 4, "window": 16}
+    _, fast = compiled("llama", options={"sparse_attention": {"prefill": OPTIONS, "decode": later}})
+    greedy(fast, prompt(1, 300), 4)
+    assert torchaccel.report(fast).effective == {"xattention": {"prefill": 3}, "streaming_llm": {"decode": 3}}
