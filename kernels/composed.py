@@ -66,6 +66,9 @@ def prefill_attention(
     """Attention of a prompt over itself by scaled_dot_product_attention; arguments as in the reference."""
     if beyond_sdpa(spec):
         return reference.prefill_attention(spec, q, k, v, mask, index, head_windows)
+    if spec.causal and spec.window is None and mask is None:
+        # Without a mask tensor flash kernels run it.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True).contiguous()
     columns = torch.arange(k.shape[2], device=q.device)
     mask = _combine(mask, reference.visible(spec, columns.expand(q.shape[0], 1, -1), columns, mask), q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True).contiguous()

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, mixed_precision, ragged, registry, shared_prefix
+from . import kv_format, mixed_precision, ragged, registry, shared_prefix, sparse_prompt
 from .fused_spec import FusedSpec
 from .gather_spec import GatherSpec
 from .pick import Pick
 from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .shared_prefix import Level
+from .sparse_prompt import SparsePrompt
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import AttentionSpec, dtype_name
 
@@ -44,6 +45,7 @@ _SCHEMAS = {
     "attend_prompt": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> Tensor",
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
     "str plan) -> (Tensor, Tensor, Tensor)",
+    "attend_prompt_sparse": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> (Tensor, Tensor, Tensor)",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str pick) -> Tensor[]",
     "fused_rows": "(Tensor[] inputs, str pick) -> Tensor[]",
     "gather_tokens": "(Tensor[] inputs, Tensor index, str spec) -> Tensor[]",
@@ -76,6 +78,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_static", _attend_static, key)
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
+        lib.impl("attend_prompt_sparse", _attend_prompt_sparse, key)
         lib.impl("linear_rows", _linear_rows, key)
         lib.impl("fused_rows", _fused_rows, key)
         lib.impl("gather_tokens", _gather_tokens, key)
@@ -98,6 +101,7 @@ def library() -> torch.library.Library:
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
+    torch.library.register_fake("torchaccel::attend_prompt_sparse", _attend_prompt_sparse_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
     torch.library.register_fake("torchaccel::gather_tokens", _gather_tokens_fake, lib=lib)
@@ -308,6 +312,14 @@ def _attend_prompt_with(
     return _three(registry.attend_prompt(plan)(q, k, v, mask, index, head_windows), Plan.from_key(plan).spec)
 
 
+def _attend_prompt_sparse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Results:
+    """Output, mass, and the share of causal pairs that was read."""
+    chosen = SparsePrompt.from_key(plan)
+    results, share = sparse_prompt.attend(chosen, q, k, v, mask)
+    out, _, mass = _three(results, chosen.sparse.spec)
+    return out, mass, share
+
+
 def _three(results: Any, spec: AttentionSpec) -> Results:
     """Output, log-sum-exp and mass; empty what the spec does not ask for: an operator returns what it declares."""
     out, *sides = results if isinstance(results, tuple) else (results,)
@@ -368,6 +380,11 @@ def _attend_prompt_with_fake(q: Tensor, k: Tensor, *rest: Any) -> Results:
     return _fakes(q, k.shape[1], k.shape[2], Plan.from_key(rest[-1]).spec)
 
 
+def _attend_prompt_sparse_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Results:
+    out, _, mass = _fakes(q, k.shape[1], k.shape[2], SparsePrompt.from_key(plan).sparse.spec)
+    return out, mass, q.new_empty((), dtype=torch.float32)
+
+
 def _fakes(q: Tensor, kv_heads: int, slots: int, spec: AttentionSpec) -> Results:
     lse = q.new_empty(q.shape[:3] if spec.lse else (0,), dtype=torch.float32)
     mass = q.new_empty((q.shape[0], kv_heads, slots) if spec.mass else (0,), dtype=torch.float32)
@@ -413,4 +430,4 @@ def _select_blocks_fake(
 def _select_prompt_blocks_fake(q: Tensor, k: Tensor, first: Tensor | None, spec: str) -> Tensor:
     chosen = PromptSelectionSpec.from_key(spec)
     blocks = (q.shape[2] + chosen.block - 1) // chosen.block
-    return q.new_empty((*q.shape[:2], blocks, chosen.width), dtype=torch.int32)
+    return q.new_empty((*q.shape[:2], blocks, chosen.width or blocks), dtype=torch.int32)

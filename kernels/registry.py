@@ -122,6 +122,37 @@ def select_prompt(spec: PromptSelectionSpec, device: str) -> Choice:
     return _generated("prompt_selection", "select_prompt", spec, device, stock)
 
 
+@lru_cache(maxsize=1024)
+def prompt_scores(spec: PromptSelectionSpec, device: str) -> Choice:
+    """The implementation of the scores that ``select_prompt`` chooses by."""
+    stock = partial(selection_reference.prompt_scores, spec)
+    return _generated("prompt_selection", "prompt_scores", spec, device, stock)
+
+
+@lru_cache(maxsize=4)
+def block_lists(device: str) -> Callable[..., Tensor]:
+    """The implementation of lists of blocks from columns and diagonals (``block_lists.block_lists``)."""
+    found: Callable[..., Tensor] = _of_device("block_lists", device)
+    return found
+
+
+@lru_cache(maxsize=4)
+def line_cover(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The implementation of finding lines that cover attention (``line_cover.line_cover``)."""
+    found: Callable[..., tuple[Tensor, Tensor]] = _of_device("line_cover", device)
+    return found
+
+
+def _of_device(name: str, device: str) -> Any:
+    """A function without free choices: in C++ on the CPU, of stock operators elsewhere; its module has its name."""
+    if device == "cpu":
+        from .cpp.compile import missing_toolchain
+
+        if missing_toolchain() is None:
+            return getattr(import_module(f".cpp.{name}", __package__), name)
+    return getattr(import_module(f".{name}", __package__), name)
+
+
 def _generated(module: str, name: str, spec: Any, device: str, stock: Callable[..., Any]) -> Choice:
     """``name(spec)`` of the device's generated kernels; ``stock``, of the reference, where they do not support it."""
     generated, reason = _module(module, spec, device)

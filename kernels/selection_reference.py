@@ -149,7 +149,8 @@ def choose(spec: SelectionSpec | PromptSelectionSpec, scores: Tensor, begin: Ten
     order = scores.argsort(stable=True, dim=-1, descending=True)
     rank = (live.int() + forced.int()).gather(-1, order)
     order = order.gather(-1, rank.argsort(stable=True, dim=-1, descending=True))
-    kept = live.gather(-1, order) & (n < spec.width)
+    width = spec.width or scores.shape[-1]
+    kept = live.gather(-1, order) & (n < width)
     if spec.mass < 1:
         weights = scores.double().masked_fill(~live, 0 if spec.probabilities else -torch.inf)
         if not spec.probabilities and scores.shape[-1]:
@@ -159,7 +160,7 @@ def choose(spec: SelectionSpec | PromptSelectionSpec, scores: Tensor, begin: Ten
         short = weights.cumsum(-1) - weights < spec.mass * total
         kept &= short | forced.gather(-1, order) | ~total.isfinite()
     entries = torch.where(kept, order, scores.shape[-1]).sort(-1).values
-    entries = torch.nn.functional.pad(entries, (0, spec.width), value=scores.shape[-1])[..., : spec.width]
+    entries = torch.nn.functional.pad(entries, (0, width), value=scores.shape[-1])[..., :width]
     return torch.where(entries == scores.shape[-1], -1, entries).int()
 
 

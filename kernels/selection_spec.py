@@ -105,7 +105,8 @@ class SelectionSpec:
 
 @dataclass(frozen=True)
 class PromptSelectionSpec:
-    """Which blocks of keys every block of a prompt's queries reads: ``width`` entries per query head and block.
+    """Which blocks of keys every block of a prompt's queries reads: ``width`` entries per query head and block, or 0
+    for as many as the prompt has blocks.
 
     estimate "antidiagonal": the tokens of every ``stride`` by ``stride`` tile whose numbers within it add to stride - 1
     are multiplied, summed, and a causal softmax over a row of tiles (at ``scale / stride``) gives probabilities, which
@@ -129,7 +130,7 @@ class PromptSelectionSpec:
     mass: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_choice(self.width, self.sinks, self.recent, self.mass)
+        _check_choice(self.width or 1 + self.sinks + self.recent, self.sinks, self.recent, self.mass)
         if self.stride < 1 or self.block % self.stride:
             raise ValueError(f"blocks of {self.block} tokens hold no whole number of strides of {self.stride}")
 

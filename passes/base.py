@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.fx import Graph, Node
+from torchaccel.kernels.prompt_selectors.base import PromptSelector
 from torchaccel.kernels.spec import KVFormat
 
 from torchaccel.calibration.calibrator import Calibrator
@@ -112,7 +113,7 @@ class SitePlan:
     step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay, this one
     shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``, the columns
     that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its cache is
-    stored.
+    stored. selector: which blocks of keys a prompt reads, None for all.
     """
 
     window: int | None = None
@@ -126,6 +127,7 @@ class SitePlan:
     offload: str | None = None
     keep: Node | None = None
     dropped: bool = False
+    selector: PromptSelector | None = None
 
 
 class Fuel:
@@ -195,3 +197,10 @@ class Method(Pass):
 
     def __init__(self, options: Any):
         self.options = options
+        self.phase: str | None = None
+
+    def keep_to(self, phase: str, graphs: frozenset[Phase]) -> None:
+        """Treat those of ``graphs`` only; ``phase`` is their name in options, noted where the method treats others."""
+        if not self.phases <= graphs:
+            self.phase = phase
+            self.phases = self.phases & graphs  # type: ignore[misc]

@@ -97,3 +97,35 @@ def test_options_are_frozen():
     method = resolve({"kv_compression": "int8"}, {}).methods[0]
     with pytest.raises(Exception, match=r"frozen|no field"):
         method.options.bits = 4
+
+
+def test_a_method_for_prompts_and_one_for_what_follows():
+    both = resolve({"sparse_attention": {"prefill": "xattention", "decode": {"method": "streaming_llm"}}}, {})
+    prompts, later = both.methods
+    assert prompts.phases == {"prefill"} and later.phases == {"extend", "decode"}
+    asked = both.requested()["sparse_attention"]
+    assert [(entry["method"], entry.get("phase")) for entry in asked] == [
+        ("xattention", None),
+        ("streaming_llm", "decode"),
+    ]
+    assert resolve({"sparse_attention": asked}, {}).requested() == both.requested()
+    assert resolve({"sparse_attention": ["xattention", "streaming_llm"]}, {}).methods[1].phases == {
+        "prefill",
+        "extend",
+        "decode",
+    }
+    assert resolve({"sparse_attention": {"prefill": None, "decode": "none"}}, {}).methods == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prefil": "xattention"}, r"prefil.*did you mean 'prefill'"),
+        ({"decode": "xattention"}, r"'xattention' in decode, but it treats prefill only"),
+        ({"method": "streaming_llm", "phase": "decoding"}, r"decoding.*did you mean 'decode'"),
+        ({"prefill": 8}, r"must be a method's name.*found 8"),
+    ],
+)
+def test_errors_of_phases(value, message):
+    with pytest.raises(OptionsError, match=message):
+        resolve({"sparse_attention": value}, {})

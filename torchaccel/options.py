@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torchaccel.calibration.plan import CalibrationPlan
 from torchaccel.errors import OptionsError
 from torchaccel.methods import FAMILIES, names
-from torchaccel.passes.base import Method
+from torchaccel.passes.base import Method, Phase
 from torchaccel.passes.calibrated import is_missing, load_plan, missing_plan, needs_plan
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -26,6 +26,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 EFFORTS = ("none", "quick", "full")
 SETTINGS = ("strict", "fusion", "gate", "cache", "tune", "bundle", "trust")
 KEYS = ("preset", *FAMILIES, *SETTINGS)
+# The family whose methods can be named for prompts and for what follows them, and the graphs of each.
+PHASED = "sparse_attention"
+PHASES: dict[str, frozenset[Phase]] = {
+    "prefill": frozenset({"prefill"}),
+    "decode": frozenset({"extend", "decode"}),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Options:
         """The options as plain data: family -> {"method": name, every parameter with a value}, or a list of those."""
         found: dict[str, Any] = {}
         for method in self.methods:
-            asked = {"method": method.name, **method.options.model_dump(exclude_none=True)}
+            only = {"phase": method.phase} if method.phase else {}
+            asked = {"method": method.name, **only, **method.options.model_dump(exclude_none=True)}
             before = found.get(method.family)
             found[method.family] = asked if before is None else [*_listed(before), asked]
         for key in SETTINGS:
@@ -98,9 +105,9 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
     methods = []
     for family in FAMILIES:
         value, where_from = values.get(family, (None, ""))
-        for one in value if isinstance(value, (list, tuple)) else [value]:
+        for one, phase in _entries(family, value, where_from):
             if one not in (None, False, "none"):
-                methods.append(_method(family, one, where_from, bundle is not None))
+                methods.append(_method(family, one, where_from, phase, bundle is not None))
     sources = {key: where_from for key, (_, where_from) in values.items()}
     given = {key: value for key, (value, _) in values.items()}
     tune = given.get("tune", "none")
@@ -121,6 +128,20 @@ def resolve(options: Mapping[str, Any] | None, environment: Mapping[str, str] | 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _entries(family: str, value: Any, where: str) -> list[tuple[Any, str | None]]:
+    """Every method that was asked for, and the phase that it was asked for, None for all of its own."""
+    if family == PHASED and isinstance(value, Mapping) and "method" not in value:
+        for key in value:
+            if key not in PHASES:
+                raise _unknown(f"phase of {family} (from {where})", key, (*PHASES, "method"))
+        return [(one, phase) for phase, given in value.items() for one in _many(given)]
+    return [(one, None) for one in _many(value)]
+
+
+def _many(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _from_call(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any]:
@@ -166,8 +187,8 @@ def _check_keys(found: Mapping[str, Any], where: str) -> None:
             raise _unknown(f"option of {where}", key, KEYS)
 
 
-def _method(family: str, value: Any, where: str, bundled: bool) -> Method:
-    """The method asked for; bundled: whether a bundle may bring its plan."""
+def _method(family: str, value: Any, where: str, phase: str | None, bundled: bool) -> Method:
+    """The method asked for; phase: the only one it treats, if any. bundled: whether a bundle may bring its plan."""
     if isinstance(value, str):
         value = {"method": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
@@ -176,6 +197,8 @@ def _method(family: str, value: Any, where: str, bundled: bool) -> Method:
             f"methods: {', '.join(method.name for method in FAMILIES[family])}"
         )
     parameters = {key: item for key, item in value.items() if key != "method"}
+    if family == PHASED:
+        phase = parameters.pop("phase", phase)
     known = names(family)
     if value["method"] not in known:
         raise _unknown(f"{family} method", value["method"], known)
@@ -190,14 +213,28 @@ def _method(family: str, value: Any, where: str, bundled: bool) -> Method:
         else:
             parameters["plan"] = load_plan(parameters["plan"])
     try:
-        found = method(method.Options(**parameters))
+        made = method(method.Options(**parameters))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise OptionsError(f"{family}.{key} (from {where}): {first['msg']}; found {first['input']!r}") from error
-    if needs_plan(found) and not bundled:
-        raise missing_plan(found)
-    return found
+    if needs_plan(made) and not bundled:
+        raise missing_plan(made)
+    if phase is not None:
+        _keep_to(made, phase, where)
+    return made
+
+
+def _keep_to(method: Method, phase: str, where: str) -> None:
+    """Let a method treat the graphs of one of ``PHASES`` only."""
+    if phase not in PHASES:
+        raise _unknown(f"phase of {method.family} method {method.name!r} (from {where})", phase, PHASES)
+    if not method.phases & PHASES[phase]:
+        raise OptionsError(
+            f"{method.family} (from {where}) asks for {method.name!r} in {phase}, but it treats "
+            f"{', '.join(sorted(method.phases))} only; name it there"
+        )
+    method.keep_to(phase, PHASES[phase])
 
 
 def _flag(key: str, value: Any) -> bool:

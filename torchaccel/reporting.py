@@ -76,6 +76,12 @@ class Report:
         return found
 
     @property
+    def density(self) -> float | None:
+        """Part of the causal pairs that the last sparse prompt read, the mean of its sites; None without such sites."""
+        found = [record.counter.shares for record in self.records if record.counter.shares]
+        return None if not found else float(torch.stack(found[-1]).mean())
+
+    @property
     def declines(self) -> list[str]:
         """Everything that was asked for and not done, with its reason."""
         lines = [f"{r.phase}: {r.declined}" for r in self.records if r.declined]
@@ -103,6 +109,7 @@ class Report:
                     "kv_bytes": r.counter.kv_bytes,
                     "host_bytes": r.counter.host_bytes,
                     "file_bytes": r.counter.file_bytes,
+                    "density": [round(float(share), 4) for share in r.counter.shares],
                     "compile_seconds": round(r.compile_seconds, 3),
                     "calls": r.counter.calls,
                     "milliseconds": round(1e3 * r.counter.seconds, 3),
@@ -216,7 +223,8 @@ class Journal:
 def _attention(site: LoweredSite) -> str:
     """The kernel of a site and what it does besides attending to everything, such as "cpp rotary window 64+4"."""
     window = f" window {site.window}+{site.sinks}" if site.window else ""
-    return site.kernel + (" rotary" if site.rotary else "") + window
+    sparse = f" {site.selector} from {site.sparse_from} tokens" if site.selector else ""
+    return site.kernel + (" rotary" if site.rotary else "") + window + sparse
 
 
 def _counted(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from .selection import choice
 
 SelectPrompt = Callable[..., Tensor]
 
-FIELDS = ("q, q_b, q_h, q_t", "k, k_b, k_h, k_t", "first, out, scores, B, HKV, S")
+FIELDS = ("q, q_b, q_h, q_t", "k, k_b, k_h, k_t", "first, out, scores, B, HKV, S, width")
 
 MAX_BLOCK = 1024
 
@@ -69,7 +69,7 @@ def _function(spec: PromptSelectionSpec, scored: bool) -> SelectPrompt:
     if reason:
         raise ValueError(reason)
     kernel = compile_source(source(spec))
-    dtype, group, block, width = DTYPES[spec.dtype], spec.group, spec.block, spec.width
+    dtype, group, block = DTYPES[spec.dtype], spec.group, spec.block
 
     def call(q: Tensor, k: Tensor, first: Tensor | None = None) -> Tensor:
         batch, heads, tokens, _ = q.shape
@@ -80,11 +80,12 @@ def _function(spec: PromptSelectionSpec, scored: bool) -> SelectPrompt:
         if first is not None and first.dtype != torch.int64:
             first = first.to(torch.int64)
         blocks = -(-tokens // block)
+        width = spec.width or blocks
         shape = (batch, heads, blocks, blocks if scored else width)
         out = torch.empty(shape, dtype=torch.float32 if scored else torch.int32)
         kernel(
             q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], 0 if first is None else first.data_ptr(),
-            0 if scored else out.data_ptr(), out.data_ptr() if scored else 0, batch, heads // group, tokens,
+            0 if scored else out.data_ptr(), out.data_ptr() if scored else 0, batch, heads // group, tokens, width,
         )  # fmt: skip
         return out
 

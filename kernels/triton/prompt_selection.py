@@ -106,7 +106,8 @@ def _select(spec: PromptSelectionSpec, scored: bool, q: Tensor, k: Tensor, first
     got = q.new_empty((batch, heads, blocks, blocks), dtype=torch.float32)
     if scored:
         got.fill_(0 if spec.probabilities else -torch.inf)
-    out = q.new_empty((batch, heads, blocks, spec.width), dtype=torch.int32)
+    width = spec.width or blocks
+    out = q.new_empty((batch, heads, blocks, width), dtype=torch.int32)
     module, first = load(generate(spec), "prompt_selection"), on_device(first, q.device)
     values: dict[str, Any] = {"first": first, "scores": got, "tokens": tokens}
     queries, keys, warps = tile(spec)
@@ -124,5 +125,5 @@ def _select(spec: PromptSelectionSpec, scored: bool, q: Tensor, k: Tensor, first
         )
         if scored:
             return got
-        module.choose[(blocks, heads, batch)](got, out, first, BC=STEP, num_warps=2)
+        module.choose[(blocks, heads, batch)](got, out, first, width, BC=STEP, num_warps=2)
     return out

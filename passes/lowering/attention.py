@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torchaccel.kernels import ops, shared_prefix
 from torchaccel.kernels.candidates import unsupported
 from torchaccel.kernels.plan import Plan
+from torchaccel.kernels.sparse_prompt import SparsePrompt, listed
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat, dtype_name
 
 from torchaccel.cost.shape import AttentionShape
@@ -23,7 +24,7 @@ from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
-from .gate import Gate, Judgement, listed
+from .gate import Gate, Judgement, retrieving
 from .latents import LatentLowering
 from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
@@ -35,6 +36,8 @@ from .signature import Signature
 
 # The place of the mass among the results of the operators that have side results.
 MASS = 2
+# The places of the mass and of the share that was read, among the results of a sparse prompt.
+SPARSE_MASS, SHARE = 1, 2
 
 
 class AttentionLowering:
@@ -81,11 +84,11 @@ class AttentionLowering:
             judged = self._judge(site, self._whole(site, self.context.plan(site)))
             plan, before = judged.plan, len(self.sites)
             if kind == "none":
-                self._lower_prompt(site, plan)
+                self._lower_prompt(site, judged)
             elif kind == "static":
                 self._lower_static(site, plan)
             elif site.key_cache.past is None:
-                self._lower_prefill(site, plan)
+                self._lower_prefill(site, judged)
             elif phase in ("decode", "extend"):
                 self._lower_append(site, plan)
             for lowered in self.sites[before:]:
@@ -111,7 +114,7 @@ class AttentionLowering:
         if plan.selection is not None and plan.eviction is not None and not plan.eviction.grows:
             self.declines.append(Decline(site.name, Reason.EVICTING_STEPS, type(plan.eviction).__name__))
             plan = replace(plan, selection=None)
-        if plan.formats is None and plan.window is None and plan.selection is None:
+        if plan.formats is None and plan.window is None and plan.selection is None and plan.selector is None:
             return Judgement(plan, (), "")
         batch = _size(_fake(site.q).shape[0])
         judged = self.gate.judge(site, plan, self.context.anatomy.phase, batch, len(self.context.anatomy.attentions))
@@ -183,15 +186,21 @@ class AttentionLowering:
         self._replace(site, torch.ops.torchaccel.attend_static.default, args)
         self._note(site, choice, shape, "static", plan)
 
-    def _lower_prompt(self, site: AttentionSite, plan: SitePlan) -> Node | None:
+    def _lower_prompt(self, site: AttentionSite, judged: Judgement) -> Node | None:
         """Attention of a prompt over itself: the generated kernel where it wins, stock sdpa elsewhere.
 
         Returns the attention that every token received, where the plan's policy wants it.
         """
+        plan = judged.plan
         device = self.context.device.type
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
         mass = plan.eviction is not None and plan.eviction.prompt_mass
         spec = replace(self._spec(site, plan, "prefill", dense, dense), mass=mass)
+        if plan.selector is not None:
+            reason = unsupported(listed(spec, plan.selector), device)
+            if reason is None:
+                return self._lower_sparse_prompt(site, judged, spec)
+            self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))
         # Dense prompts from 128 tokens on: ours is 1.7-5.7x stock sdpa on the CPU; on a GPU stock flash kernels win.
         if plan.window is None and not mass and (device != "cpu" or unsupported(spec, device) is not None):
             self.sites.append(LoweredSite(site.name, "stock sdpa", "none"))
@@ -199,17 +208,33 @@ class AttentionLowering:
         shape = self._shape(site, _size(_fake(site.k).shape[2]))
         choice = self.chooser.plan(spec, shape)
         args = (site.q, site.k, site.v, site.mask)
+        received = None
         if mass:
-            received = self._replace(
-                site, torch.ops.torchaccel.attend_prompt_with.default, (*args, None, None, choice.key()), MASS
-            )
+            target = torch.ops.torchaccel.attend_prompt_with.default
+            (received,) = self._replace(site, target, (*args, None, None, choice.key()), MASS)
         else:
-            received = self._replace(site, torch.ops.torchaccel.attend_prompt.default, (*args, choice.key()))
+            self._replace(site, torch.ops.torchaccel.attend_prompt.default, (*args, choice.key()))
         self._note(site, choice, shape, "none", plan)
         return received
 
-    def _lower_prefill(self, site: AttentionSite, plan: SitePlan) -> None:
-        mass = self._lower_prompt(site, plan)
+    def _lower_sparse_prompt(self, site: AttentionSite, judged: Judgement, dense: AttentionSpec) -> Node | None:
+        """Attention of a prompt over what its plan's selector chooses of it; returns as ``_lower_prompt``."""
+        selector = judged.plan.selector
+        assert selector is not None
+        shape = self._shape(site, _size(_fake(site.k).shape[2]))
+        choice = self.chooser.plan(listed(dense, selector), shape)
+        prompt = SparsePrompt(selector, choice, self.chooser.plan(dense, shape), judged.least)
+        target = torch.ops.torchaccel.attend_prompt_sparse.default
+        args = (site.q, site.k, site.v, site.mask, prompt.key())
+        received, share = self._replace(site, target, args, SPARSE_MASS, SHARE)
+        self.signature.shares.append(self.signature.extra_output(share))
+        self._note(site, choice, shape, "none", judged.plan)
+        self.sites[-1].selector, self.sites[-1].sparse_from = type(selector).__name__, prompt.switch()
+        return received if dense.mass else None
+
+    def _lower_prefill(self, site: AttentionSite, judged: Judgement) -> None:
+        plan = judged.plan
+        mass = self._lower_prompt(site, judged)
         stored = site.key_cache.stored, site.value_cache.stored
         if stored[0] is None or stored[1] is None:
             return
@@ -326,13 +351,12 @@ class AttentionLowering:
             binding = replace(binding, table=first)
         elif lists is not None and _hint(_fake(site.q).shape[2]) == 1:
             whole, shape = choice, replace(shape, density=lists.policy.share, listed=lists.policy.listed)
-            choice = self.chooser.plan(listed(spec, lists.policy), shape)
+            choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
             self._replace(site, torch.ops.torchaccel.attend_listed.default, of_lists)
         elif mass:
             with_sides = (*args, None, None, choice.key())
-            received = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
-            assert received is not None
+            (received,) = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
             binding = replace(binding, mass_output=self.signature.extra_output(received))
         else:
             rotary = self._attend(site, args, choice)
@@ -419,14 +443,13 @@ class AttentionLowering:
         self._note(site, choice, shape, _describe(layout), plan)
 
     def _replace(
-        self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], side: int | None = None
-    ) -> Node | None:
-        """Put an operator in the place of a site; ``side``: which result to return of an operator that has several."""
+        self, site: AttentionSite, target: Callable[..., Any], args: tuple[Any, ...], *sides: int
+    ) -> list[Node]:
+        """Put an operator in the place of a site; ``sides``: which results to return of one that has several."""
         with self.graph.inserting_before(site.node):
             node = self.graph.call_function(target, args)
-            received = None
-            if side is not None:
-                received = self.graph.call_function(operator.getitem, (node, side))
+            received = [self.graph.call_function(operator.getitem, (node, side)) for side in sides]
+            if sides:
                 node = self.graph.call_function(operator.getitem, (node, 0))
         node.meta = dict(site.node.meta)
         site.node.replace_all_uses_with(node)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torchaccel.kernels.candidates import candidates
 from torchaccel.kernels.plan import Plan
+from torchaccel.kernels.prompt_selectors.base import PromptSelector
+from torchaccel.kernels.sparse_prompt import listed
 from torchaccel.kernels.spec import AttentionSpec
 
 from torchaccel.cost.choose import Tuned, Verdict, candidate_ms, choose, gate
@@ -26,7 +28,7 @@ class Chooser:
         self.tuned = tuned
         self._plans: dict[tuple[AttentionSpec, AttentionShape], Plan] = {}
         self.compared: list[tuple[AttentionSpec, AttentionShape]] = []
-        self._verdicts: dict[tuple[AttentionSpec, AttentionSpec, AttentionShape], Verdict] = {}
+        self._verdicts: dict[tuple[AttentionSpec | PromptSelector, AttentionSpec, AttentionShape], Verdict] = {}
 
     def plan(self, spec: AttentionSpec, shape: AttentionShape) -> Plan:
         """The candidates of an attention kernel over all numbers of stored tokens; ``shape.tokens`` is ignored."""
@@ -48,6 +50,22 @@ class Chooser:
         if key not in self._verdicts:
             self.compared += [(asked, shape), (exact, shape)]
             self._verdicts[key] = gate(asked, exact, shape, self.facts, self.tuned)
+        return self._verdicts[key]
+
+    def sparse_verdict(self, selector: PromptSelector, exact: AttentionSpec, shape: AttentionShape) -> Verdict | None:
+        """Whether a prompt's lists pay, what they cost to choose included; None without facts of the device."""
+        if self.facts is None:
+            return None
+        key = selector, exact, shape
+        if key not in self._verdicts:
+
+            def density(tokens: int) -> float:
+                # Of all pairs: half of them are causal.
+                causal = (tokens + 1) / (2 * tokens)
+                return causal * (selector.share(tokens) + selector.effort(tokens))
+
+            asked = listed(exact, selector)
+            self._verdicts[key] = gate(asked, exact, shape, self.facts, self.tuned, density=density)
         return self._verdicts[key]
 
     def predicted_ms(self, plan: Plan, shape: AttentionShape) -> float | None:

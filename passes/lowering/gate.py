@@ -38,6 +38,7 @@ class Gate:
         """The part of ``plan`` that pays in a graph of ``phase``; ``sites``: the attention layers of the model."""
         notes: list[str] = []
         declines: list[Decline] = []
+        least = 0
         if not self.enabled or plan.dropped:
             return Judgement(plan, (), "")
 
@@ -71,7 +72,17 @@ class Gate:
             plan, replace(plan, window=None, sinks=0), "prefill" if phase == "prefill" else "decode"
         ):
             plan = replace(plan, window=None, sinks=0)
-        return Judgement(plan, tuple(declines), "; ".join(notes))
+        if plan.selector is not None:
+            shape = AttentionShape(batch, site.kv_heads, TOKENS, TOKENS, sites=sites)
+            exact = self._spec(site, replace(plan, selector=None), "prefill")
+            verdict = self.chooser.sparse_verdict(plan.selector, exact, shape)
+            if verdict is not None:
+                notes.append(verdict.text)
+                least = verdict.switch_tokens or 0
+                if verdict.switch_tokens is None:
+                    declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
+                    plan = replace(plan, selector=None)
+        return Judgement(plan, tuple(declines), "; ".join(notes), least)
 
     def least(self, site: AttentionSite, policy: Selection, exact: AttentionSpec, batch: int, sites: int) -> int:
         """Stored tokens up to which attention to everything, ``exact``, is as good as to what ``policy`` lists."""
@@ -83,7 +94,7 @@ class Gate:
         self, site: AttentionSite, policy: Selection, exact: AttentionSpec, batch: int, sites: int
     ) -> Verdict | None:
         shape = AttentionShape(batch, site.kv_heads, 1, TOKENS, policy.share, sites, policy.listed)
-        return self.chooser.verdict(listed(exact, policy), exact, shape)
+        return self.chooser.verdict(retrieving(exact, policy), exact, shape)
 
     def _spec(self, site: AttentionSite, plan: SitePlan, phase: str) -> AttentionSpec:
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
@@ -91,15 +102,19 @@ class Gate:
         return self.make_spec(site, plan, phase, keys, values)
 
 
-def listed(spec: AttentionSpec, policy: Selection) -> AttentionSpec:
+def retrieving(spec: AttentionSpec, policy: Selection) -> AttentionSpec:
     """The attention ``spec`` over what ``policy`` lists."""
     return replace(spec, index=policy.unit, index_block=policy.block)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What remains of a plan, the declines of what does not pay, and the predicted numbers in one line."""
+    """What remains of a plan, the declines of what does not pay, and the predicted numbers in one line.
+
+    least: tokens from which a prompt's ``selector`` pays.
+    """
 
     plan: SitePlan
     declines: tuple[Decline, ...]
     text: str
+    least: int = 0

@@ -20,7 +20,8 @@ class LoweredSite:
     switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
     predicted_ms: of one call, with as many tokens stored as when the graph was compiled. gate: what the cost model
     predicts of the lossy site against the exact one, in one line. rotary: whether the kernel does the rotary embedding
-    of the queries and the new keys, too.
+    of the queries and the new keys, too. selector: who chooses what a prompt reads; sparse_from: the least number of
+    tokens of which it does, shorter prompts are dense.
     """
 
     site: str
@@ -32,6 +33,8 @@ class LoweredSite:
     predicted_ms: float | None = None
     gate: str = ""
     rotary: bool = False
+    selector: str = ""
+    sparse_from: int | None = None
 
 
 @dataclass

@@ -28,6 +28,7 @@ class Signature:
         self.inputs: list[Any] = []
         self.appends: list[AppendBinding] = []
         self.stores: list[StoreBinding] = []
+        self.shares: list[int] = []
         self._removed: set[int] = set()
         self._extra: list[Node] = []
         self._last_placeholder = self.placeholders[-1]
@@ -95,6 +96,7 @@ class Signature:
             tuple(self.stores),
             tuple(kept + [len(self.results) + i for i in range(len(self._extra))]),
             len(self.results),
+            tuple(self.shares),
         )
 
 

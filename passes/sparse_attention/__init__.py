@@ -1,6 +1,10 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
+from .flex_prefill import FlexPrefill
+from .loopserve import LoopServePrompt
+from .minference import MInference
 from .quest import Quest
 from .streaming_llm import StreamingLLM
+from .xattention import XAttention
 
-METHODS = (StreamingLLM, Quest)
+METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt, Quest)

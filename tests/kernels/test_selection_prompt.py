@@ -21,6 +21,7 @@ SPECS = {
     ),
     "antidiagonal_odd_bf16": PromptSelectionSpec("antidiagonal", 123, 1, "bfloat16", 0.1, 6, 128, 8),
     "antidiagonal_f16": PromptSelectionSpec("antidiagonal", 6, 4, "float16", 0.4, 4, 48, 16, sinks=0, recent=0),
+    "antidiagonal_any_width": PromptSelectionSpec("antidiagonal", 64, 3, "bfloat16", 0.125, 0, mass=0.6),
     "mean_bf16": PromptSelectionSpec("mean", 64, 3, "bfloat16", 0.125, 5, 64),
     "mean_f16_mass": PromptSelectionSpec("mean", 123, 2, "float16", 2.0, 12, 16, mass=0.8),
     "mean_f32": PromptSelectionSpec("mean", 256, 1, "float32", 0.06, 3, 128, recent=0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -115,19 +115,26 @@ def gate(
     tuned: Tuned | None = None,
     calibration: Calibration | None = None,
     choices: Callable[[AttentionSpec, str], Sequence[Candidate]] = candidates,
+    density: Callable[[int], float] | None = None,
 ) -> Verdict:
     """Whether a sparse or quantised site is faster than the exact one at ``shape``, each with its best candidate.
 
-    ``shape.density`` belongs to the asked site; the exact one reads everything that its mask lets it see. A site is
-    refused only where it is slower by more than the model's error, ``GAIN``.
+    ``shape.density`` belongs to the asked site, ``density`` gives it by the number of tokens; the exact one reads
+    everything that its mask lets it see. A site is refused only where it is slower by more than the model's error,
+    ``GAIN``.
     """
     of_asked, of_exact = choices(asked, facts.kind), choices(exact, facts.kind)
     whole = AttentionShape(shape.batch, shape.kv_heads, shape.queries, shape.tokens, None, shape.sites)
 
     def both(tokens: int) -> tuple[float, float]:
+        ours, theirs = shape.at(tokens), whole.at(tokens)
+        if density is not None:
+            ours = replace(ours, density=density(tokens))
+        if asked.phase == "prefill":
+            ours, theirs = replace(ours, queries=tokens), replace(theirs, queries=tokens)
         costs = (
-            min(candidate_ms(spec, c, sizes.at(tokens), facts, tuned, calibration) for c in found)
-            for spec, found, sizes in ((asked, of_asked, shape), (exact, of_exact, whole))
+            min(candidate_ms(spec, c, sizes, facts, tuned, calibration) for c in found)
+            for spec, found, sizes in ((asked, of_asked, ours), (exact, of_exact, theirs))
         )
         return next(costs), next(costs)
 

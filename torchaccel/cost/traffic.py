@@ -49,10 +49,10 @@ class Traffic:
     def unknown(self) -> list[str]:
         """What of the methods is not modelled, as "family: method"; nothing may be predicted then."""
         return [
-            f"{family}: {method['method']}" + (" on some of the layers" if method.get("layers") is not None else "")
+            f"{family}: {method['method']}" + _partly(method)
             for family, known in KNOWN_METHODS.items()
             for method in self._asked(family)
-            if method["method"] not in known or method.get("layers") is not None
+            if method["method"] not in known or _partly(method)
         ]
 
     def _asked(self, family: str) -> list[Method]:
@@ -117,3 +117,9 @@ class Traffic:
         formats = self.formats(dtype, head_dim) if phase == "decode" else Traffic({}).formats(dtype, head_dim)
         window, sinks = self.window
         return AttentionSpec(phase, head_dim, group, dtype, *formats, head_dim**-0.5, window=window, sinks=sinks)
+
+
+def _partly(method: Method) -> str:
+    """Where a method applies, when that is not everywhere."""
+    layers = " on some of the layers" if method.get("layers") is not None else ""
+    return layers + (f" in {method['phase']} only" if method.get("phase") else "")

@@ -34,6 +34,7 @@ class Compiled(Runner):
         result.graphs = report.graphs
         result.recompiles = report.recompiles
         result.effective = report.effective
+        result.density = report.density
         missing = [m["method"] for _, m in methods_of(asked) if m["method"] not in report.effective]
         if missing or any(record.declined for record in report.records):
             result.status = "declined"

@@ -67,7 +67,8 @@ def _finish(session: Session, arm: Arm, once: Callable[[], Any]) -> None:
     predicted = session.predicted(arm)
     result.predicted_ms = None if predicted is None else round(predicted.prefill_ms, 4)
     if arm.applied is not None:
-        result.density = density(case.context, arm.applied, decode=False)
+        if result.density is None:
+            result.density = density(case.context, arm.applied, decode=False)
         if session.work is not None:
             result.bound_ms = prefill_floor(
                 session.work, arm.applied, session.machine, batch=case.batch, context=case.context

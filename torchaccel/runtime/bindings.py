@@ -130,7 +130,8 @@ class Bindings:
     prefix, key buffer, value buffer and positions of each class and the scale of values (when mixed), lens (int64
     ``[3]``, with prefixes or classes ``[1 + their number, 3]``, when ragged ``[4]``), the rotary table of the first
     layer that has it, and the state of the layout's selection. results: for each result of the compiled graph its
-    position among the model's; positions from ``result_count`` on are for the stores only.
+    position among the model's; positions from ``result_count`` on are for the stores, and for shares: where sparse
+    prompts say what part of the causal pairs they read.
     """
 
     arguments: tuple[int, ...]
@@ -138,6 +139,7 @@ class Bindings:
     stores: tuple[StoreBinding, ...]
     results: tuple[int, ...]
     result_count: int
+    shares: tuple[int, ...] = ()
 
     @property
     def slots(self) -> int:

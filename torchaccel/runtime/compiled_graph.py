@@ -25,7 +25,8 @@ class CallCounter:
 
     kv_bytes, file_bytes: those in memory, and those in files. host_bytes: set aside in host memory; part of the KV
     bytes where the caches are there, too, and else beside them. unshared: why rows that begin alike came with, or were
-    given, copies of what they could have shared.
+    given, copies of what they could have shared. shares: what part of the causal pairs each sparse site of a
+    prompt read in the last call, scalars on the model's device.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class CallCounter:
         self.kv_bytes = 0
         self.host_bytes = 0
         self.file_bytes = 0
+        self.shares: list[Tensor] = []
 
 
 class CompiledGraph:
@@ -69,6 +71,7 @@ class CompiledGraph:
         for store in bindings.stores:
             kept.append(self._store(store, args, results, tables, kept))
         self.counter.calls += 1
+        self.counter.shares = [results[position] for position in bindings.shares]
         caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
         parts = {part for cache in caches for part in cache.parts}
         self.counter.kv_bytes = sum(part.nbytes for part in parts)

@@ -124,6 +124,11 @@ PROMPT_CASES = [
         250,
         poison=True,
     ),
+    PromptCase(
+        "antidiagonal_of_any_width",
+        PromptSelectionSpec("antidiagonal", 64, 2, "bfloat16", 0.125, 0, 32, 8, mass=0.6),
+        270,
+    ),
     PromptCase("prompt_mean", PromptSelectionSpec("mean", 64, 3, "bfloat16", 0.125, 3, 16), 123),
     PromptCase(
         "prompt_mean_mass",

@@ -1,0 +1,29 @@
+"""Policies that choose which blocks of keys every block of a prompt's queries reads, from queries and keys alone."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from .adaptive import AdaptiveLines
+from .base import PromptSelector
+from .covering import CoveringLines
+from .estimated import EstimatedBlocks
+from .patterns import HeadPatterns
+
+KINDS: dict[str, type[PromptSelector]] = {
+    kind.__name__: kind for kind in (EstimatedBlocks, HeadPatterns, AdaptiveLines, CoveringLines)
+}
+
+
+@lru_cache(maxsize=1024)
+def from_key(key: str) -> PromptSelector:
+    """The selector whose ``key()`` is ``key``."""
+    fields = json.loads(key)
+    kind = KINDS[fields.pop("kind")]
+    return kind(**{name: _tuples(value) for name, value in fields.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,122 @@
+"""As many lines, or blocks, as hold a part of the attention, by a test of each head (FlexPrefill)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..selection_spec import PromptSelectionSpec
+from ..spec import AttentionSpec
+from .base import PromptSelector
+from .estimated import expected_share
+from .lines import line_scores, live_tokens, marked, pooled
+
+
+@dataclass(frozen=True)
+class AdaptiveLines(PromptSelector):
+    """Block columns and block diagonals that hold ``gamma`` of what the last ``block`` queries attend to.
+
+    A head whose mean query and mean keys predict these queries' attention (square root of the Jensen-Shannon
+    divergence below ``tau``) is query-aware: the best pairs of blocks by their means, over the whole prompt, and the
+    least lines. least, most: tokens' worth of either kind of lines; most 0 is no limit. FlexPrefill (arXiv:2502.20766).
+    Unlike in its code, diagonals are pooled from the nearest one on, whatever the length, and blocks of any size count
+    by their own size.
+    """
+
+    gamma: float = 0.9
+    tau: float = 0.1
+    least: int = 1024
+    most: int = 0
+
+    def select(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
+        batch, _, tokens, _ = q.shape
+        blocks = -(-tokens // self.block)
+        rows = torch.full((batch,), min(self.block, tokens), device=q.device)
+        if first is not None:
+            rows = torch.minimum(rows, tokens - first)
+        # Every live row's weights add up to 1.
+        scores = [x / rows[:, None, None] for x in line_scores(spec, q, k, self.block, first)]
+        budgets = [self._budget(x, blocks) for x in scores]
+        columns, diagonals = (pooled(x, self.block) for x in scores)
+        pairs = None
+        if self.tau > 0:
+            aware = self._divergence(spec, q, k, first, columns) < self.tau
+            least = self._blocks(self.least, blocks)
+            budgets = [x.masked_fill(aware, least) for x in budgets]
+            pairs = self._pairs(spec, q, k, first) & aware[..., None, None]
+        block = torch.arange(blocks, device=q.device)
+        begin = block.new_zeros(batch) if first is None else first // self.block
+        live = block >= begin[:, None]
+        columns = columns.masked_fill((block == begin[:, None])[:, None], torch.inf).masked_fill(
+            ~live[:, None], -torch.inf
+        )
+        diagonals = diagonals.masked_fill(block == 0, torch.inf).masked_fill(~live.flip(-1)[:, None], -torch.inf)
+        flags = [self._best(x, budget) for x, budget in zip((columns, diagonals), budgets, strict=True)]
+        lists: Tensor = registry.block_lists(q.device.type)(*flags, pairs, first, self.block)
+        return lists
+
+    def _blocks(self, tokens: int, blocks: int) -> int:
+        return min(-(-tokens // self.block), blocks)
+
+    def _budget(self, scores: Tensor, blocks: int) -> Tensor:
+        """Blocks as large as the fewest lines ``[B, H, S]`` that hold gamma: int64 ``[B, H]``."""
+        wanted = covering(scores, self.gamma) // self.block + 1
+        most = self._blocks(self.most, blocks) if self.most else blocks
+        return wanted.clamp(min=self._blocks(self.least, blocks)).clamp(max=most)
+
+    def _best(self, scores: Tensor, budget: Tensor) -> Tensor:
+        """The ``budget`` ``[B, H]`` largest of scores ``[B, H, N]``: bool ``[B, H, N]``."""
+        order = scores.sort(-1, descending=True)
+        chosen = torch.arange(scores.shape[-1], device=scores.device) < budget[..., None]
+        return marked(order.indices, chosen & (order.values > -torch.inf), scores.shape[-1])
+
+    def _divergence(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None, seen: Tensor) -> Tensor:
+        """Distance between what means predict of the last queries and ``seen`` ``[B, H, N]``: float32 ``[B, H]``."""
+        batch, _, tokens, _ = q.shape
+        live = live_tokens(tokens, first, batch, q.device)
+        mean = k.float().masked_fill(~live[:, None, :, None], 0).transpose(2, 3)
+        count = pooled(live.float(), self.block)[:, None, None]
+        mean = (pooled(mean, self.block) / count.clamp(min=1)).repeat_interleave(spec.group, 1)  # [B, H, D, N]
+        last, its = q[:, :, -self.block :].float(), live[:, -self.block :]
+        asking = last.masked_fill(~its[:, None, :, None], 0).sum(2) / its.sum(1)[:, None, None]
+        scores = (asking[:, :, None] @ mean)[:, :, 0] * spec.scale
+        predicted = scores.masked_fill(count[:, 0] == 0, -torch.inf).softmax(-1)
+        return distance(predicted, seen)
+
+    def _pairs(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
+        """The best pairs of blocks by their means, as many as hold gamma of all rows: bool ``[B, H, N, N]``."""
+        means = PromptSelectionSpec(
+            "mean", spec.head_dim, spec.group, spec.dtype, spec.scale, 0, self.block, self.block
+        )
+        scores = registry.prompt_scores(means, q.device.type).run(q, k, first) * spec.scale
+        weights = scores.softmax(-1).nan_to_num(0)  # rows of padding are minus infinity throughout
+        flat = weights.flatten(2)
+        rows = weights.sum((2, 3))
+        order = flat.sort(-1, descending=True).values
+        wanted = (order.cumsum(-1) < self.gamma * rows[..., None]).sum(-1, keepdim=True)
+        bound = order.gather(-1, wanted.clamp(max=flat.shape[-1] - 1))
+        return (weights >= bound[..., None]) & (weights > 0)
+
+    def share(self, tokens: int) -> float:
+        if tokens <= max(2 * self.block, self.least):
+            return 1.0
+        return expected_share(tokens, self.gamma, 0)
+
+    def effort(self, tokens: int) -> float:
+        # Scores of a block of rows, each read thrice more by softmax and sums.
+        return min(1.0, 4 * self.block / max(tokens, 1))
+
+
+def covering(scores: Tensor, part: float) -> Tensor:
+    """How many of the largest scores ``[..., N]`` it takes until they add up to ``part``: int64 ``[...]``."""
+    return (scores.sort(-1, descending=True).values.cumsum(-1) < part).sum(-1) + 1
+
+
+def distance(p: Tensor, q: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence of distributions ``[..., N]``, in nats: float32 ``[...]``."""
+    middle = (p + q) / 2
+    parts = [(torch.special.xlogy(x, x) - torch.special.xlogy(x, middle)).sum(-1) for x in (p, q)]
+    return ((parts[0] + parts[1]) / 2).clamp(min=0).sqrt()

@@ -1,0 +1,54 @@
+"""The fewest lines that cover a part of what sampled rows attend to, found greedily (LoopServe)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..spec import AttentionSpec
+from .base import PromptSelector
+from .estimated import expected_share
+from .lines import last_rows, pooled, row_weights
+
+
+@dataclass(frozen=True)
+class CoveringLines(PromptSelector):
+    """Block columns and block diagonals that hold ``alpha`` of the attention of sampled rows.
+
+    The rows are the last ``recent`` and ``sampled`` earlier ones, one at a random place in each of as many equal parts
+    of the prompt before; ``seed`` fixes the places. See ``line_cover`` for the choice. LoopServe (arXiv:2507.13681).
+    """
+
+    alpha: float = 0.955
+    recent: int = 32
+    sampled: int = 32
+    seed: int = 0
+
+    def select(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
+        rows = self.rows(q.shape[2], q.shape[0], q.device, first)
+        weights = torch.cat(row_weights(spec, q, k, rows, first, lambda x: pooled(x, self.block)), 1)
+        device = q.device.type
+        columns, diagonals = registry.line_cover(device)(weights, rows // self.block, self.alpha)
+        lists: Tensor = registry.block_lists(device)(columns, diagonals, None, first, self.block)
+        return lists
+
+    def rows(self, tokens: int, batch: int, device: torch.device, first: Tensor | None) -> Tensor:
+        """Positions of the sampled rows: int64 ``[B, R]``."""
+        last = last_rows(tokens, self.recent, batch, device)
+        if tokens <= self.recent:
+            return last
+        places = torch.rand(self.sampled, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        parts = ((torch.arange(self.sampled) + places) / max(self.sampled, 1)).to(device)
+        begin = torch.zeros(batch, dtype=torch.int64, device=device) if first is None else first
+        room = (tokens - self.recent - begin).clamp(min=0)
+        return torch.cat([begin[:, None] + (parts * room[:, None]).long(), last], 1)
+
+    def share(self, tokens: int) -> float:
+        return expected_share(tokens, self.alpha, self.block)
+
+    def effort(self, tokens: int) -> float:
+        # Scores of the sampled rows, each read twice more by softmax and sums.
+        return min(1.0, 3 * (self.recent + self.sampled) / max(tokens, 1))
