@@ -13,7 +13,6 @@ from tests.e2e.generation import greedy, prompt
 from tests.models.families import build
 from torchaccel.calibration.plan import read_plan
 from torchaccel.cli.app import app
-from torchaccel.errors import CalibrationError
 from torchaccel.tuning.bundle import Bundle, read_bundle
 from torchaccel.tuning.fingerprint import fingerprint
 
@@ -41,9 +40,8 @@ def test_a_bundle_brings_the_plan(tmp_path: Path) -> None:
 def test_a_bundle_without_the_plan(tmp_path: Path) -> None:
     Bundle(fingerprint(torch.device("cpu")), {}, (), {}, {}, None).write(tmp_path / "empty")
     model = torchaccel.compile(build("llama"), kv_compression="cskv", bundle=str(tmp_path / "empty"))
-    with pytest.raises(Exception, match="needs a calibration plan and was given none") as caught:
+    with pytest.raises(Exception, match="CalibrationError: method 'cskv' needs a calibration plan and was given none"):
         greedy(model, prompt(1, 9), 2)
-    assert isinstance(caught.value, CalibrationError) or isinstance(caught.value.__cause__, CalibrationError)
 
 
 def test_the_command_makes_a_plan_of_the_embedded_model(tmp_path: Path) -> None:

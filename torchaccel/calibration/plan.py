@@ -20,8 +20,8 @@ from torchaccel.errors import CalibrationError
 from .identity import ModelIdentity
 
 FORMAT = 1
-# Keys of the file's metadata, which safetensors keeps as texts.
-FACTS, DIGEST = "torchaccel_plan", "torchaccel_sha256"
+# The one key of the file's metadata, which safetensors keeps as texts, of several in any order.
+FACTS = "torchaccel_plan"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class CalibrationPlan:
     def to_bytes(self) -> bytes:
         """The content of the file."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        return save(tensors, {FACTS: self._facts(), DIGEST: self.digest})
+        return save(tensors, {FACTS: json.dumps({**json.loads(self._facts()), "sha256": self.digest}, sort_keys=True)})
 
     def save(self, path: str | Path) -> None:
         """Write the plan, under a temporary name until it is complete."""
@@ -123,10 +123,10 @@ def plan_from_bytes(content: bytes, source: str) -> CalibrationPlan:
         plan = CalibrationPlan(facts["method"], facts["options"], model, tensors, facts["version"], source)
     except (KeyError, TypeError) as error:
         raise CalibrationError(f"the calibration plan {source} lacks facts ({error}); calibrate anew") from error
-    if plan.digest != metadata.get(DIGEST):
+    if plan.digest != facts.get("sha256"):
         raise CalibrationError(
             f"the calibration plan {source} is damaged: its SHA-256 is {plan.digest}, it says "
-            f"{metadata.get(DIGEST)}; copy it again or calibrate anew"
+            f"{facts.get('sha256')}; copy it again or calibrate anew"
         )
     return plan
 
