@@ -43,7 +43,8 @@ format: setup
 # (without, the baselines it installs are listed as absent).
 bench: setup
 	mkdir -p $(RESULTS)
-	$(BIN)/torchaccel bench decode --model llama-110m --context 32768 --json $(RESULTS)/decode-32k.json
+	$(BIN)/torchaccel bench decode --model llama-110m --context 32768 --options '{"kv_compression": "int4"}' \
+		--json $(RESULTS)/decode-32k.json
 	$(BIN)/torchaccel bench decode --model llama-110m --context 512 --json $(RESULTS)/decode-512.json
 	$(BIN)/torchaccel bench prefill --model llama-110m --context 8192 --baselines inductor \
 		--options '{"sparse_attention": {"method": "streaming_llm", "sinks": 4, "window": 1024}}' \
