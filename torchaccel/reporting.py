@@ -15,7 +15,7 @@ from torchaccel.methods import FAMILIES
 from torchaccel.passes.base import Fidelity, PassResult, Status
 from torchaccel.passes.fusion.fuse_rows import FusedGroup
 from torchaccel.passes.lowering.lowered import LoweredSite
-from torchaccel.runtime.compiled_graph import CallCounter
+from torchaccel.runtime.call_counter import CallCounter, LayerBytes
 
 
 @dataclass
@@ -109,6 +109,7 @@ class Report:
                     "kv_bytes": r.counter.kv_bytes,
                     "host_bytes": r.counter.host_bytes,
                     "file_bytes": r.counter.file_bytes,
+                    "layers": [asdict(layer) for layer in r.counter.layers],
                     "density": [round(float(share), 4) for share in r.counter.shares],
                     "compile_seconds": round(r.compile_seconds, 3),
                     "calls": r.counter.calls,
@@ -146,6 +147,9 @@ class Report:
         )
         console.print(self._requested_table())
         console.print(self._graph_table())
+        cached = [record for record in self.records if record.counter.layers]
+        if cached:
+            console.print(_layer_table(cached[-1]))
         for record in self.records:
             if record.groups:
                 console.print(_fusion_table(record))
@@ -249,6 +253,29 @@ def _fusion_table(record: GraphRecord) -> Table:
             "\n".join(f"{kernel} ({saved:.1f})" for kernel, saved in first.lost) or "-",
         )
     return table
+
+
+def _layer_table(record: GraphRecord) -> Table:
+    """The KV bytes of each layer, layers of equal ones in one row."""
+    table = Table("layers", "KV MB", "plain tensors, MB", "of them", title=f"KV cache, {record.phase}")
+    alike: dict[LayerBytes, list[int]] = {}
+    for index, layer in enumerate(record.counter.layers):
+        alike.setdefault(layer, []).append(index)
+    for layer, members in alike.items():
+        share = f"{layer.stored / layer.plain:.2f}" if layer.plain else "-"
+        table.add_row(_ranges(members), f"{layer.stored / 1e6:.3f}", f"{layer.plain / 1e6:.3f}", share)
+    return table
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, such as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _megabytes(memory: int, files: int) -> str:

@@ -35,6 +35,7 @@ def source(spec: SparseMlpSpec) -> str:
         dtype=C_TYPES[spec.dtype],
         rows=spec.rows,
         activation=spec.activation,
+        streams=0,
     )
 
 

@@ -35,6 +35,7 @@ def source(spec: ThresholdLinearSpec, count: int) -> str:
         dtype=C_TYPES[spec.dtype],
         rows=spec.rows,
         count=count,
+        streams=0,
     )
 
 

@@ -11,6 +11,7 @@ from torchaccel.kernels.candidates import KERNELS, Candidate, Spec, build, spec_
 from torchaccel.kernels.cpp.compile import missing_toolchain
 from torchaccel.kernels.pick import Pick
 from torchaccel.kernels.selection_spec import SelectionSpec, SummarySpec
+from torchaccel.kernels.sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from torchaccel.kernels.spec import AttentionSpec, KVFormat, LinearSpec
 
 from tests.kernels.fused_cases import CASES
@@ -28,6 +29,8 @@ SPECS: dict[str, Spec] = {
     "linear": LinearSpec("float32", 1, False),
     "fused": CASES["between_attentions"]("bfloat16", 2),
     "select": BOUNDS,
+    "sparse_mlp": SparseMlpSpec("bfloat16", 2, "silu"),
+    "threshold_linear": ThresholdLinearSpec("float32", 3, True),
 }
 # The seeds have tests of their own.
 CHOICES: dict[str, tuple[Spec, dict[str, int]]] = {

@@ -12,31 +12,13 @@ from torch import Tensor
 from torchaccel.errors import SharedPrefixError
 
 from .bindings import AppendBinding, Bindings, LatentBinding, StoreBinding
+from .call_counter import CallCounter
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
 from .mixed import sort_newest, store_mixed
 from .ragged import RaggedStorage
 from .rotary_table import RotaryTable, rotary_table
 from .storage import Layout, Storage
-
-
-class CallCounter:
-    """How often a compiled graph ran, for how long, and the bytes of KV cache it held after the last call.
-
-    kv_bytes, file_bytes: those in memory, and those in files. host_bytes: set aside in host memory; part of the KV
-    bytes where the caches are there, too, and else beside them. unshared: why rows that begin alike came with, or were
-    given, copies of what they could have shared. shares: what part of the causal pairs each sparse site of a
-    prompt read in the last call, scalars on the model's device.
-    """
-
-    def __init__(self) -> None:
-        self.unshared: set[str] = set()
-        self.calls = 0
-        self.seconds = 0.0
-        self.kv_bytes = 0
-        self.host_bytes = 0
-        self.file_bytes = 0
-        self.shares: list[Tensor] = []
 
 
 class CompiledGraph:
@@ -72,11 +54,8 @@ class CompiledGraph:
             kept.append(self._store(store, args, results, tables, kept))
         self.counter.calls += 1
         self.counter.shares = [results[position] for position in bindings.shares]
-        caches = [t.physical for t in results if isinstance(t, LogicalKV) and t.physical]
-        parts = {part for cache in caches for part in cache.parts}
-        self.counter.kv_bytes = sum(part.nbytes for part in parts)
-        self.counter.host_bytes = sum(part.host_bytes for part in parts)
-        self.counter.file_bytes = sum(part.file_bytes for part in parts)
+        layers: list[AppendBinding | StoreBinding] = [*bindings.appends, *bindings.stores]
+        self.counter.note((results[layer.key_output], results[layer.value_output]) for layer in layers)
         self.counter.seconds += time.perf_counter() - began
         return results[: bindings.result_count]
 
