@@ -136,7 +136,7 @@ def test_tuning_a_model_fills_the_cache_it_was_given(
 
 
 def test_a_compilation_brings_its_bundle_once_and_says_what_was_refused(tmp_path: Path) -> None:
-    bundle = Bundle(MACHINE, {}, (timing(),), None, {}, b"artifacts")
+    bundle = Bundle(MACHINE, {}, (timing(),), {}, {}, b"artifacts")
     bundle.write(tmp_path / "model.bundle")
     replace(bundle, artifacts=None).write(tmp_path / "portable.bundle")
     backend = Backend(Journal(), execute_only=True)
