@@ -86,9 +86,9 @@ def test_the_factors_matter(plan):
     assert not torch.equal(greedy(factored(build("llama"), plan), inputs, 40), greedy(eager, inputs, 40))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3"])
 def test_full_density_is_exact_but_for_rounding_in_every_family(family):
-    # Biased keys, normed keys, no rotary embedding, that of some channels, fused projections: D - 1 of D channels.
+    # Normed keys, biases and no rotary embedding, fused projections: D - 1 of D channels.
     eager, _ = compiled(family)
     batches = [prompt(2, 60, seed=1)]
     made = torchaccel.calibrate(eager, "cskv", batches, {"key_density": 0.95, "value_density": 1.0, "window": WINDOW})
