@@ -162,7 +162,7 @@ def _judged(
                     "text": goal.text,
                     "asked": round(goal.asked, 4),
                     "reached": round(reached, 4),
-                    "ok": reached >= goal.asked,
+                    "ok": round(reached, 4) >= round(goal.asked, 4),
                 }
             )
     return judged
