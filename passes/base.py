@@ -108,16 +108,18 @@ class MethodOptions(BaseModel):
 class SitePlan:
     """What the rewrites decided for one attention site; lowering turns it into kernels and cache layouts.
 
-    formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens are
-    sorted into classes with formats of their own. eviction: which tokens stay, None for all. selection: which of them a
-    step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay, this one
-    shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``, the columns
-    that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its cache is
-    stored. selector: which blocks of keys a prompt reads, None for all.
+    window, sinks: recent and first tokens that a query sees, None for all. bound: which KV heads they bind, None for
+    all. formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens
+    are sorted into classes with formats of their own. eviction: which tokens stay, None for all. selection: which of
+    them a step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay,
+    this one shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``,
+    the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its
+    cache is stored. selector: which blocks of keys a prompt reads, None for all.
     """
 
     window: int | None = None
     sinks: int = 0
+    bound: tuple[bool, ...] | None = None
     formats: tuple[KVFormat, KVFormat] | None = None
     factors: tuple[Factors | None, Factors | None] = (None, None)
     mixing: Mixing | None = None

@@ -1,10 +1,25 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
+from .a_shape import AShape
 from .flex_prefill import FlexPrefill
+from .longgen import LongGen
 from .loopserve import LoopServePrompt
 from .minference import MInference
 from .quest import Quest
+from .sliding_window import SlidingWindow
 from .streaming_llm import StreamingLLM
+from .video_xl import VideoXLPrompt
 from .xattention import XAttention
 
-METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt, Quest)
+METHODS = (
+    StreamingLLM,
+    SlidingWindow,
+    AShape,
+    LongGen,
+    XAttention,
+    FlexPrefill,
+    MInference,
+    LoopServePrompt,
+    VideoXLPrompt,
+    Quest,
+)
