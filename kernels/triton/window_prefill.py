@@ -23,8 +23,6 @@ def supports(spec: AttentionSpec) -> str | None:
         return f"head dimensions up to 256, not {spec.head_dim}"
     if spec.positions:
         return "fresh keys lie in order of their columns; the spec stores positions"
-    if spec.head_windows:
-        return "windows of single heads are for decode; give their heads a list of blocks"
     if spec.index == "tokens":
         return "prefill reads lists of blocks, not of tokens"
     if spec.index == "blocks" and (spec.index_block < 16 or spec.index_block % 16):
@@ -77,10 +75,15 @@ def weigh_parameters(spec: AttentionSpec) -> list[str]:
 def _selection(spec: AttentionSpec) -> list[str]:
     """The parameters that say which keys a query sees."""
     mask = ["mask", "mask_b", "mask_h", "mask_q", "mask_c"] if spec.mask != "none" else []
-    return mask + (["index", "index_b", "index_h", "index_q", "entries"] if spec.index == "blocks" else [])
+    lists = ["index", "index_b", "index_h", "index_q", "entries"] if spec.index == "blocks" else []
+    return mask + lists + (["head_windows"] if _by_head(spec) else [])
 
 
-_TENSORS = {"q", "k", "v", "out", "lse", "mass", "mask", "index"}
+def _by_head(spec: AttentionSpec) -> bool:
+    return spec.head_windows and spec.window is not None
+
+
+_TENSORS = {"q", "k", "v", "out", "lse", "mass", "mask", "index", "head_windows"}
 
 
 def _scalars(names: list[str]) -> str:
@@ -97,6 +100,7 @@ def generate(spec: AttentionSpec) -> str:
         weigh_parameters=weigh_parameters(spec),
         scalars=_scalars,
         mass=spec.mass,
+        head_windows=_by_head(spec),
     )
 
 
@@ -122,18 +126,27 @@ class PrefillAttention:
         self.choices = choices
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, index: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+        head_windows: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Attention of a whole prompt over itself.
 
         q: ``[B, H, S, D]``; k, v: ``[B, H_kv, S, D]``; mask: ``[B | 1, H | 1, S, S]``, bool or additive, any strides;
-        index: int32 ``[B, H, S / index_block, N]``.
+        index: int32 ``[B, H, S / index_block, N]``; head_windows: int32 ``[H_kv]``.
         Returns ``[B, H, S, D]``, contiguous, in q's dtype (rows that see no key are zero), and behind it what the spec
         asks for: log-sum-exp, float32 ``[B, H, S]``, and mass, float32 ``[B, H_kv, S]``.
         """
         spec = self.spec
-        if (mask is None, index is None) != (spec.mask == "none", spec.index == "contiguous"):
-            raise ValueError(f"mask and index must be given exactly when the spec names them: {spec.key()}")
+        given = (mask is not None, index is not None, head_windows is not None)
+        if given != (spec.mask != "none", spec.index != "contiguous", spec.head_windows):
+            raise ValueError(
+                f"mask, index and head_windows must be given exactly when the spec names them: {spec.key()}"
+            )
         batch, heads, tokens, d = q.shape
         family, _ = device_facts(q.device)
         tile = _fitted(replace(prefill_tile(spec, family), **self.choices), spec)
@@ -158,6 +171,7 @@ class PrefillAttention:
             index = index if index.stride(3) == 1 else index.contiguous()
             values |= {"index": index, "entries": index.shape[3]}
             values |= zip(("index_b", "index_h", "index_q"), index.stride()[:3], strict=True)
+        values["head_windows"] = head_windows
         values["out"] = q.new_empty(batch, heads, tokens, d)
         results = [values["out"]]
         if spec.lse or spec.mass:

@@ -267,7 +267,6 @@ def test_decode_declines(spec: AttentionSpec, new_tokens: int, reason: str) -> N
     ("change", "reason"),
     [
         ({"phase": "decode"}, "phase"),
-        ({"head_windows": True}, "windows of single heads"),
         ({"index": "tokens"}, "not of tokens"),
         ({"index": "blocks", "index_block": 24}, "multiple of 16 tokens"),
         ({"head_dim": 257}, "head dimensions"),

@@ -28,6 +28,7 @@ class PrefillCase:
     left_padding: tuple[int, ...] = ()
     window: int | None = 40
     sinks: int = 4
+    head_windows: bool = False
     index_block: int = 0
     lse: bool = False
     mass: bool = False
@@ -53,6 +54,7 @@ class PrefillCase:
             mask=self.mask,
             window=self.window,
             sinks=self.sinks,
+            head_windows=self.head_windows,
             index="blocks" if self.index_block else "contiguous",
             index_block=self.index_block or 64,
             lse=self.lse,
@@ -80,6 +82,11 @@ PREFILL_CASES = [
     PrefillCase("prefill_not_causal_window", causal=False, group=1, tokens=200, dtype="float32"),
     PrefillCase("prefill_sides", group=3, tokens=150, lse=True, mass=True, batch=2),
     PrefillCase("prefill_mass_additive", mask="additive", group=2, tokens=123, mass=True, dtype="float32", kv_heads=2),
+    PrefillCase("prefill_head_windows", head_windows=True, kv_heads=3, group=2, tokens=170, dtype="float32", lse=True),
+    PrefillCase(
+        "prefill_head_windows_masked", head_windows=True, kv_heads=2, group=1, mask="bool", left_padding=(42,), mass=True
+    ),
+    PrefillCase("prefill_head_windows_blocks", head_windows=True, kv_heads=2, group=1, index_block=32, tokens=123),
     PrefillCase("prefill_blocks", window=None, sinks=0, index_block=64, tokens=300, group=3, batch=2),
     PrefillCase(
         "prefill_blocks_sides", index_block=32, tokens=123, group=2, dtype="float32", lse=True, mass=True, kv_heads=2
@@ -99,10 +106,11 @@ def run_prefill_case(case: PrefillCase, device: torch.device) -> str | None:
     q, k, v = random(case.kv_heads * case.group), random(case.kv_heads), random(case.kv_heads)
     mask = _mask(case, generator)
     index = _index(case, generator)
-    expected = _results(reference.prefill_attention(case.spec(), q, k, v, mask, index))
+    marks = torch.tensor([1, 0, 1][: case.kv_heads], dtype=torch.int32) if case.head_windows else None
+    expected = _results(reference.prefill_attention(case.spec(), q, k, v, mask, index, marks))
     if case.transposed:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    moved = [None if x is None else x.to(device) for x in (q, k, v, mask, index)]
+    moved = [None if x is None else x.to(device) for x in (q, k, v, mask, index, marks)]
     names = ["out", *(["lse"] if case.lse else []), *(["mass"] if case.mass else [])]
     widest = case.index_block & -case.index_block or 128
     small = {"block_m": min(case.tile[0], widest), "block_n": min(case.tile[1], widest), "warps": 4, "stages": 2}
