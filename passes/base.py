@@ -59,6 +59,7 @@ class Reason(Enum):
     UNKNOWN_LENGTH = "the number of new tokens cannot be read off an input of the graph"
     RAGGED_CODES = "heads that keep different numbers of tokens store them in full precision"
     RAGGED_WINDOW = "some heads have windows of their own, and attention to fewer keys is not combined with them"
+    BOUND_HEADS = "windows of some heads are for plain tokens that the other heads read whole, not by lists"
     NO_SUCH_HEAD = "a head is named that the layer does not have"
     UNSHARED_PREFIX = "rows that begin alike read copies of their tokens"
     PRUNED_LATENTS = "every head is rebuilt from the latents of all, which evicting or pruning tokens takes apart"

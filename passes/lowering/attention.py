@@ -29,7 +29,7 @@ from .layouts import layouts_of
 from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
-from .ragged import RaggedLowering
+from .ragged import RaggedLowering, marks_of
 from .retrieval import Retrieval
 from .rotary import Rotary, find_rotary, pays
 from .shared import SharedLowering, unshared_reason
@@ -104,6 +104,10 @@ class AttentionLowering:
         if plan.selection is not None and (latent or ragged or plan.mixing is not None):
             self.declines.append(Decline(site.name, Reason.NEEDS_PLAIN_TOKENS))
             plan = replace(plan.reading_all(), leader=None)
+        lists = plan.selection is not None or plan.leader is not None or plan.selector is not None
+        if plan.bound is not None and (latent or lists or plan.mixing is not None):
+            self.declines.append(Decline(site.name, Reason.BOUND_HEADS))
+            plan = replace(plan, window=None, sinks=0, bound=None)
         if (not latent and plan.mixing is None) or (plan.eviction is None and plan.keep is None):
             return plan
         self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS if latent else Reason.PRUNED_CLASSES))
@@ -155,6 +159,7 @@ class AttentionLowering:
             mask=mask,  # type: ignore[arg-type]
             window=plan.window,
             sinks=plan.sinks,
+            head_windows=plan.window is not None and plan.bound is not None,
         )
 
     def _lower_static(self, site: AttentionSite, plan: SitePlan) -> None:
@@ -193,13 +198,14 @@ class AttentionLowering:
         choice = self.chooser.plan(spec, shape)
         args = (site.q, site.k, site.v, site.mask)
         received = None
-        if mass:
+        if mass or spec.head_windows:
             target = torch.ops.torchaccel.attend_prompt_with.default
-            (received,) = replace_site(self.graph, site, target, (*args, None, None, choice.key()), MASS)
+            with_sides = (*args, None, self._bound(site, spec, plan), choice.key())
+            (received,) = replace_site(self.graph, site, target, with_sides, MASS)
         else:
             replace_site(self.graph, site, torch.ops.torchaccel.attend_prompt.default, (*args, choice.key()))
         self._note(site, choice, shape, "none", plan)
-        return received
+        return received if mass else None
 
     def _lower_sparse_prompt(self, site: AttentionSite, judged: Judgement, dense: AttentionSpec) -> Node | None:
         """Attention of a prompt over what its plan's selector chooses of it; returns as ``_lower_prompt``."""
@@ -316,7 +322,7 @@ class AttentionLowering:
             self.signature.appends.append(binding)
             shape = self._shape(site, size_of(fake(keys.past).shape[2]))
             of_heads = RaggedLowering(self.graph, self.signature, self.chooser, self.declines)
-            choice = of_heads.attend(site, spec, [*buffers, positions], layouts[0], shape)
+            choice = of_heads.attend(site, spec, [*buffers, positions], layouts[0], shape, plan.bound)
             self._note(site, choice, shape, describe(layouts[0]), plan)
             return
         lens = self.signature.placeholder(f"{keys.past.name}_lens", torch.zeros(3, dtype=torch.int64))
@@ -344,10 +350,11 @@ class AttentionLowering:
             choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
             replace_site(self.graph, site, torch.ops.torchaccel.attend_listed.default, of_lists)
-        elif mass:
-            with_sides = (*args, None, None, choice.key())
+        elif mass or spec.head_windows:
+            with_sides = (*args, None, self._bound(site, spec, plan), choice.key())
             (received,) = replace_site(self.graph, site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
-            binding = replace(binding, mass_output=self.signature.extra_output(received))
+            if mass:
+                binding = replace(binding, mass_output=self.signature.extra_output(received))
         else:
             rotary = self._attend(site, args, choice)
         evicts = policy is not None and not policy.grows
@@ -380,6 +387,13 @@ class AttentionLowering:
         # Keys for a Gaussian codebook are turned behind the embedding and before the kernel: no launch is saved.
         generated = generated and choice.spec.key_format.codebook == "uniform"
         return found if generated and self.context.fuel.take() else None
+
+    def _bound(self, site: AttentionSite, spec: AttentionSpec, plan: SitePlan) -> Node | None:
+        """Which KV heads the window of ``spec`` binds, where it does not bind all."""
+        if not spec.head_windows or plan.bound is None:
+            return None
+        with self.graph.inserting_before(site.node):
+            return marks_of(plan.bound, self.graph, self.context.device)
 
     def _shape(self, site: AttentionSite, tokens: int) -> AttentionShape:
         return site_shape(site, tokens, len(self.context.anatomy.attentions))

@@ -32,24 +32,34 @@ class RaggedLowering:
     declines: list[Decline]
 
     def attend(
-        self, site: AttentionSite, spec: AttentionSpec, buffers: list[Any], layout: Layout, shape: AttentionShape
+        self,
+        site: AttentionSite,
+        spec: AttentionSpec,
+        buffers: list[Any],
+        layout: Layout,
+        shape: AttentionShape,
+        bound: tuple[bool, ...] | None = None,
     ) -> Plan:
-        """Replace ``site``; buffers: keys, values, positions. Returns the plan of the kernel."""
+        """Replace ``site``; buffers: keys, values, positions. Returns the plan of the kernel.
+
+        bound: KV heads that the window of ``spec`` binds, None for all; the cache may have windows of its own instead.
+        """
         past = site.key_cache.past
         assert past is not None and layout.eviction is not None
         windows = layout.eviction.windows
         if windows is not None and spec.window is not None:
             self.declines.append(Decline(site.name, Reason.RAGGED_WINDOW))
-        spec, bound = ragged_spec(spec, windows), None
-        if windows is not None:
+        spec, bound = ragged_spec(spec, windows), bound if windows is None else windows.bound
+        marks = None
+        if spec.head_windows and bound is not None:
             with self.graph.inserting_before(site.node):
-                bound = marks_of(windows, self.graph, self.chooser.device)
+                marks = marks_of(bound, self.graph, self.chooser.device)
         k_pool, v_pool, positions = buffers
         table, tails = (self.signature.buffer(past, layout, name) for name in ("pages", "tails"))
         lens = self.signature.placeholder(f"{past.name}_lens", torch.zeros(4, dtype=torch.int64))
         choice = self.chooser.plan(spec, shape)
         new = site.key_cache.new, site.value_cache.new
-        args = (site.q, *new, k_pool, v_pool, lens, site.mask, positions, table, tails, bound, choice.key())
+        args = (site.q, *new, k_pool, v_pool, lens, site.mask, positions, table, tails, marks, choice.key())
         replace_site(self.graph, site, torch.ops.torchaccel.attend_ragged.default, args)
         return choice
 
@@ -63,7 +73,7 @@ def ragged_spec(spec: AttentionSpec, windows: HeadWindows | None) -> AttentionSp
     return replace(spec, head_windows=True, window=windows.recent, sinks=windows.sinks)
 
 
-def marks_of(windows: HeadWindows, graph: Graph, device: torch.device) -> Node:
+def marks_of(bound: tuple[bool, ...], graph: Graph, device: torch.device) -> Node:
     """A constant of the graph: int32 ``[H_kv]``, 1 for heads with a window."""
-    marks = [int(bound) for bound in windows.bound]
+    marks = [int(head) for head in bound]
     return graph.call_function(torch.tensor, (marks,), {"dtype": torch.int32, "device": device})

@@ -1,6 +1,7 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
 from .a_shape import AShape
+from .duo_attention import DuoAttentionReading
 from .flex_prefill import FlexPrefill
 from .longgen import LongGen
 from .loopserve import LoopServePrompt
@@ -16,6 +17,7 @@ METHODS = (
     SlidingWindow,
     AShape,
     LongGen,
+    DuoAttentionReading,
     XAttention,
     FlexPrefill,
     MInference,

@@ -54,12 +54,15 @@ def calibrate(
 
 
 def calibrated_method(name: str) -> type[Method]:
-    """The method of this name or alias that is calibrated; raises ``CalibrationError`` for any other name."""
+    """The method of this name or alias that is calibrated; raises ``CalibrationError`` for any other name.
+
+    Methods of one name in several families share their plans: it is the first of them.
+    """
     calibrated = [method for methods in FAMILIES.values() for method in methods if method.calibrator is not None]
     for method in calibrated:
         if name in (method.name, *method.aliases):
             return method
-    known = ", ".join(method.name for method in calibrated)
+    known = ", ".join(dict.fromkeys(method.name for method in calibrated))
     raise CalibrationError(f"asked to calibrate {name!r}; the methods that are calibrated are {known or 'none so far'}")
 
 

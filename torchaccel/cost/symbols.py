@@ -55,6 +55,9 @@ def visible_share(spec: AttentionSpec, shape: AttentionShape) -> float:
     if shape.density is not None:
         return min(1.0, shape.density + shape.listed / max(1, shape.tokens))
     pairs = visible_pairs(shape.queries, shape.tokens, spec.causal, spec.window, spec.sinks)
+    if spec.head_windows and spec.window is not None:
+        # Which heads is data: thought to be half of them, as those who publish such models have it.
+        pairs = (pairs + visible_pairs(shape.queries, shape.tokens, spec.causal, None, 0)) / 2
     return pairs / (shape.queries * shape.tokens)
 
 
