@@ -22,7 +22,14 @@ def ruled(model: Any, rule: Rule) -> Any:
     """``model`` (in place) whose attention asks ``rule`` for every pair that its own mask lets through."""
 
     def attention(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None = None, **_: Any
+        module: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         batch, heads, new, _ = q.shape
         kv_heads, columns = k.shape[1:3]

@@ -84,7 +84,13 @@ PREFILL_CASES = [
     PrefillCase("prefill_mass_additive", mask="additive", group=2, tokens=123, mass=True, dtype="float32", kv_heads=2),
     PrefillCase("prefill_head_windows", head_windows=True, kv_heads=3, group=2, tokens=170, dtype="float32", lse=True),
     PrefillCase(
-        "prefill_head_windows_masked", head_windows=True, kv_heads=2, group=1, mask="bool", left_padding=(42,), mass=True
+        "prefill_head_windows_masked",
+        head_windows=True,
+        kv_heads=2,
+        group=1,
+        mask="bool",
+        left_padding=(42,),
+        mass=True,
     ),
     PrefillCase("prefill_head_windows_blocks", head_windows=True, kv_heads=2, group=1, index_block=32, tokens=123),
     PrefillCase("prefill_blocks", window=None, sinks=0, index_block=64, tokens=300, group=3, batch=2),

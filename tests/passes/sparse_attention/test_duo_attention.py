@@ -11,6 +11,7 @@ from tests.models.families import VOCAB, build
 from tests.passes.static_reference import assert_exact, assert_generation_equals_the_rule
 from torchaccel.calibration.calibrate import calibrate
 from torchaccel.errors import CalibrationError
+from torchaccel.options import resolve
 
 HEADS = {0: (1,), 2: (0, 1)}
 METHOD = {"method": "duo_attention", "retrieval_heads": HEADS, "sinks": 3, "recent": 9}
@@ -62,11 +63,11 @@ def test_several_tokens_at_once_are_as_one_by_one():
 def test_a_plan_of_the_kv_family_is_accepted():
     ids = torch.randint(3, VOCAB, (2, 80), generator=torch.Generator().manual_seed(0))
     plan = calibrate(build("llama"), "duo_attention", [ids], {"sinks": 3, "recent": 12, "steps": 2})
-    options = torchaccel.options.resolve({"sparse_attention": {"method": "duo_attention", "plan": plan}})
+    options = resolve({"sparse_attention": {"method": "duo_attention", "plan": plan}})
     method = options.methods[0]
     assert isinstance(method, DuoAttentionReading)
     assert (method.options.sinks, method.options.recent) == (3, 12)
-    other = torchaccel.options.resolve({"kv_compression": {"method": "duo_attention", "plan": plan}}).methods[0]
+    other = resolve({"kv_compression": {"method": "duo_attention", "plan": plan}}).methods[0]
     assert isinstance(other, DuoAttention)
     _, fast = compiled("llama", options={"sparse_attention": {"method": "duo_attention", "plan": plan}, "strict": True})
     greedy(fast, prompt(1, 42), 2)
@@ -83,7 +84,7 @@ def test_lists_and_windows_of_heads_exclude_each_other():
 
 def test_without_heads_a_plan_is_asked_for():
     with pytest.raises(CalibrationError, match="torchaccel calibrate --method duo_attention"):
-        torchaccel.options.resolve({"sparse_attention": "duo_attention"})
+        resolve({"sparse_attention": "duo_attention"})
 
 
 def test_heads_that_do_not_exist_are_declined():

@@ -9,6 +9,8 @@ from torchaccel.passes.sparse_attention.longgen import LongGenOptions
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
 from tests.passes.static_reference import assert_exact, assert_generation_equals_the_rule
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 from torchaccel.runtime.selection import Call, Sizes
 from torchaccel.runtime.strided import StridedSelection
 
@@ -81,8 +83,8 @@ def test_the_middle_third_is_full():
 
 
 def test_a_window_has_no_stride():
-    with pytest.raises(torchaccel.errors.OptionsError, match="the pattern 'window' has no stride"):
-        torchaccel.options.resolve({"sparse_attention": {"method": "longgen", "stride": 4}})
+    with pytest.raises(OptionsError, match="the pattern 'window' has no stride"):
+        resolve({"sparse_attention": {"method": "longgen", "stride": 4}})
 
 
 def test_worked_example_of_blocks():

@@ -4,6 +4,8 @@ import pytest
 
 import torchaccel
 from tests.passes.static_reference import assert_exact, assert_generation_equals_the_rule
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 
 WINDOW = 9
 
@@ -15,7 +17,9 @@ def recent(layer, head, first, query, key, new):
 def test_generation_equals_the_masked_reference():
     method = {"method": "sliding_window", "window": WINDOW}
     fast = assert_generation_equals_the_rule(method, recent, tokens=42, padding=(0, 6))
-    assert {(site.window, site.sinks) for record in torchaccel.report(fast).records for site in record.sites} == {(9, 0)}
+    assert {(site.window, site.sinks) for record in torchaccel.report(fast).records for site in record.sites} == {
+        (9, 0)
+    }
 
 
 def test_capped_scores_and_layers_with_windows_of_their_own():
@@ -36,5 +40,5 @@ def test_a_window_over_everything_is_exact():
 
 
 def test_options_are_checked():
-    with pytest.raises(torchaccel.errors.OptionsError, match="window"):
-        torchaccel.options.resolve({"sparse_attention": {"method": "sliding_window", "window": 0}})
+    with pytest.raises(OptionsError, match="window"):
+        resolve({"sparse_attention": {"method": "sliding_window", "window": 0}})

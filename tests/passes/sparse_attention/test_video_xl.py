@@ -8,6 +8,8 @@ from torchaccel.kernels.spec import AttentionSpec, KVFormat
 import torchaccel
 from tests.e2e.generation import compiled, prompt
 from tests.passes.static_reference import assert_exact, assert_generation_equals_the_rule
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 
 TOKENS = 500
 METHOD = {"method": "video_xl", "chunk": 128, "previous": 1, "prefix": 1, "question": 3}
@@ -33,7 +35,14 @@ def test_capped_scores_and_layers_with_windows_of_their_own():
 
     with pytest.warns(UserWarning, match="video_xl left 2 site.*already attends to a sliding window"):
         assert_generation_equals_the_rule(
-            METHOD, rule, tokens=TOKENS, padding=(0, 6), new=4, family="gemma2", strict=False, attn_logit_softcapping=2.0
+            METHOD,
+            rule,
+            tokens=TOKENS,
+            padding=(0, 6),
+            new=4,
+            family="gemma2",
+            strict=False,
+            attn_logit_softcapping=2.0,
         )
 
 
@@ -66,5 +75,5 @@ def test_worked_example(previous, pairs):
 
 
 def test_a_chunk_is_a_number_of_blocks():
-    with pytest.raises(torchaccel.errors.OptionsError, match="multiple of block"):
-        torchaccel.options.resolve({"sparse_attention": {"method": "video_xl", "chunk": 100}})
+    with pytest.raises(OptionsError, match="multiple of block"):
+        resolve({"sparse_attention": {"method": "video_xl", "chunk": 100}})
