@@ -70,8 +70,8 @@ class StridedBlocks(StaticBlocks):
 class ChunkedBlocks(StaticBlocks):
     """The own chunk and the ``previous`` ones before it; the first ``prefix`` tokens, which all read, are before them.
 
-    The last ``question`` tokens read everything. chunk: blocks of a chunk. Prefix and question are rounded up to blocks.
-    The prefill of Video-XL-2.
+    The last ``question`` tokens read everything. chunk: blocks of a chunk. Prefix and question are rounded up to
+    blocks. The prefill of Video-XL-2.
     """
 
     chunk: int = 8

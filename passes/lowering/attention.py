@@ -363,6 +363,8 @@ class AttentionLowering:
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, describe(layouts[0]), plan)
         self.sites[-1].rotary = rotary
+        if choice.spec.index != "contiguous":
+            self.sites[-1].listed, self.sites[-1].listed_share = shape.listed, shape.density or 0.0
 
     def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan) -> bool:
         """Attention without side results; returns whether its kernels do the rotary embedding, too."""
@@ -402,7 +404,9 @@ class AttentionLowering:
         name = choice.pick(shape.tokens).implementation
         switches = tuple((limit, candidate.key()) for limit, candidate in choice.picks)
         predicted = self.chooser.predicted_ms(choice, shape)
-        self.sites.append(LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted))
+        self.sites.append(
+            LoweredSite(site.name, name, layout, plan.window, plan.sinks, switches, predicted, bound=plan.bound)
+        )
         reason = unsupported(choice.spec, self.context.device.type)
         if reason is not None:
             self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))

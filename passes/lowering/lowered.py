@@ -20,8 +20,10 @@ class LoweredSite:
     switches: the candidates by the number of stored tokens up to which each runs, the last one without a limit.
     predicted_ms: of one call, with as many tokens stored as when the graph was compiled. gate: what the cost model
     predicts of the lossy site against the exact one, in one line. rotary: whether the kernel does the rotary embedding
-    of the queries and the new keys, too. selector: who chooses what a prompt reads; sparse_from: the least number of
-    tokens of which it does, shorter prompts are dense.
+    of the queries and the new keys, too. bound: which KV heads the window binds, None for all. listed, listed_share:
+    tokens of the list that a step reads, None without one, and the part of what is stored that it reads besides.
+    selector: who chooses what a prompt reads; sparse_from: the least number of tokens of which it does, shorter prompts
+    are dense.
     """
 
     site: str
@@ -33,6 +35,9 @@ class LoweredSite:
     predicted_ms: float | None = None
     gate: str = ""
     rotary: bool = False
+    bound: tuple[bool, ...] | None = None
+    listed: int | None = None
+    listed_share: float = 0.0
     selector: str = ""
     sparse_from: int | None = None
 

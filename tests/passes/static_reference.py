@@ -34,7 +34,7 @@ def ruled(model: Any, rule: Rule) -> Any:
         batch, heads, new, _ = q.shape
         kv_heads, columns = k.shape[1:3]
         seen = (mask[..., :columns] == 0).expand(batch, kv_heads, -1, -1).clone()
-        # Rows without padding begin at 0; of a sliding window the last query does not tell, so its layers are not ruled.
+        # Of a sliding window the last query does not tell where a row begins: such layers are not ruled.
         firsts = seen[:, 0, -1].int().argmax(-1).tolist()
         for b, h, query, c in seen.nonzero().tolist():
             seen[b, h, query, c] = rule(module.layer_idx, h, firsts[b], columns - new + query, c, new)
