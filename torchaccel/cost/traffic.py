@@ -31,11 +31,13 @@ EVICTING = (
     "video_xl",
     "random",
 )
+# Those of sparse attention that are a window, everywhere and always.
+WINDOWS = ("streaming_llm", "sliding_window")
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),
     "kv_compression": (*BITS, *EVICTING),
-    "sparse_attention": ("streaming_llm",),
+    "sparse_attention": WINDOWS,
 }
 
 
@@ -79,8 +81,8 @@ class Traffic:
     @property
     def window(self) -> tuple[int | None, int]:
         """Window and sinks of sparse attention; (None, 0) for attention to everything."""
-        method = self._one("sparse_attention")
-        return (None, 0) if method is None or "window" not in method else (method["window"], method["sinks"])
+        method = self._one("sparse_attention", *WINDOWS)
+        return (None, 0) if method is None else (method["window"], method.get("sinks", 0))
 
     def stored(self, tokens: int, token_bytes: float) -> int:
         """How many of ``tokens`` a layer keeps; token_bytes: of one token's keys and values, all KV heads."""
