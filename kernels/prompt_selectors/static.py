@@ -92,8 +92,11 @@ class ChunkedBlocks(StaticBlocks):
 
     def share(self, tokens: int) -> float:
         size = self.chunk * self.block
-        if tokens <= self.prefix + (self.previous + 1) * size + self.question:
+        prefix, question = (-(-count // self.block) * self.block for count in (self.prefix, self.question))
+        if tokens <= prefix + (self.previous + 1) * size + self.question:
             return 1.0
-        # On average half of the own chunk lies before a query.
-        banded = banded_share(tokens, self.prefix + self.previous * size + size // 2)
-        return min(1.0, banded + 2 * self.question / tokens)
+        # On average half of the own chunk lies before a query; the last ones read the rest, too.
+        seen = prefix + self.previous * size + size // 2
+        beyond = max(0, tokens - seen)
+        asking = min(question, beyond)
+        return banded_share(tokens, seen) + 2 * asking * (beyond - asking / 2) / tokens**2

@@ -14,7 +14,7 @@ from torchaccel.cost.calibration import Calibration, Coefficients
 from torchaccel.cost.devices import device_facts
 from torchaccel.cost.roofline import INFEASIBLE, amounts, predict_ms, terms, work_of
 from torchaccel.cost.shape import AttentionShape, LinearShape
-from torchaccel.cost.symbols import visible_pairs
+from torchaccel.cost.symbols import visible_pairs, visible_share
 from torchaccel.cost.traffic import Traffic
 
 H200, CPU = device_facts("h200"), device_facts("avx512_bf16")
@@ -234,3 +234,10 @@ def test_traffic_builds_the_specs_of_methods() -> None:
     assert (
         not Traffic({"kv_compression": {"method": "int8"}}).spec("prefill", "bfloat16", 128, 4).key_format.is_quantised
     )
+
+
+def test_windows_of_some_heads_leave_the_others_whole() -> None:
+    shape = AttentionShape(1, 4, 1, 1000)
+    spec = Traffic({"sparse_attention": {"method": "sliding_window", "window": 100}}).spec("decode", "float32", 64, 2)
+    assert visible_share(spec, shape) == pytest.approx(0.1)
+    assert visible_share(replace(spec, head_windows=True), shape) == pytest.approx(0.55)

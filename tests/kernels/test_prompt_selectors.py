@@ -14,6 +14,7 @@ from torchaccel.kernels.prompt_selectors.covering import CoveringLines
 from torchaccel.kernels.prompt_selectors.estimated import EstimatedBlocks
 from torchaccel.kernels.prompt_selectors.lines import diagonal_blocks, line_scores, marked
 from torchaccel.kernels.prompt_selectors.patterns import HeadPatterns
+from torchaccel.kernels.prompt_selectors.static import ChunkedBlocks, StridedBlocks
 from torchaccel.kernels.sparse_prompt import SparsePrompt, first_live, listed, share_read
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 
@@ -26,6 +27,8 @@ SELECTORS = {
     ),
     "adaptive": AdaptiveLines(BLOCK, 0.4, 0.6, 32),
     "covering": CoveringLines(BLOCK, 0.5, 8, 8),
+    "strided": StridedBlocks(BLOCK, 1, 2, 3),
+    "chunked": ChunkedBlocks(BLOCK, 2, 1, 5, 20),
 }
 needs_compiler = pytest.mark.skipif(
     toolchain.missing_toolchain() is not None, reason=str(toolchain.missing_toolchain())
@@ -216,6 +219,22 @@ def test_the_switch_is_the_first_length_that_is_sparse() -> None:
     assert plan(EstimatedBlocks(64, mass=0.9), spec, 5000).switch() == 5000
     assert plan(AdaptiveLines(128), spec).switch() == 1025
     assert plan(HeadPatterns(64, (("vertical_and_slash", 1000, 6096),)), spec).switch() == 7097
+    assert plan(StridedBlocks(64, 1, 16, 16), spec).switch() == 17 * 64 + 1
+    assert plan(ChunkedBlocks(64, 8, 3, 64, 64), spec).switch() == 4 * 512 + 128 + 1
+
+
+@pytest.mark.parametrize(
+    ("selector", "most"),
+    [(StridedBlocks(16, 1, 6, 4), 112), (StridedBlocks(16, 2, 1, 9), 48), (ChunkedBlocks(16, 4, 1, 40, 33), 209)],
+)
+def test_static_lists_hold_the_share_that_is_expected(selector: prompt_selectors.PromptSelector, most: int) -> None:
+    spec = attention(dim=6)
+    q = torch.full((1, 4, 4000, 6), torch.nan)
+    read = share_read(selector.select(spec, q, q[:, ::2], None), None, 16).item()
+    assert selector.share(4000) == pytest.approx(read, rel=0.1) and selector.effort(4000) == 0
+    # Where everything is expected to be read, it is.
+    assert selector.share(most) == 1 > selector.share(most + 1)
+    assert share_read(selector.select(spec, q[:, :, :most], q[:, ::2, :most], None), None, 16) == 1
 
 
 def test_a_plan_for_another_number_of_heads_says_so() -> None:

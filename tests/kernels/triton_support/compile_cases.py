@@ -167,6 +167,7 @@ _VARIANTS: dict[str, tuple[str, DecodeCase]] = {
 }
 _PREFILL_VARIANTS: dict[str, tuple[str, PrefillCase]] = {
     "mask": ("attend", PrefillCase("", mask="bool", window=1000, head_dim=128)),
+    "head-windows": ("attend", PrefillCase("", window=1000, sinks=4, head_windows=True, head_dim=128)),
     "blocks-64": ("attend", PrefillCase("", index_block=64, window=None, sinks=0, head_dim=128)),
     "blocks-128": ("attend", PrefillCase("", index_block=128, window=None, sinks=0, head_dim=128, lse=True)),
     "weigh": ("weigh", PrefillCase("", mass=True, window=None, sinks=0, head_dim=128)),
@@ -310,7 +311,8 @@ def _prefill(kernel: str, case: PrefillCase, family: str) -> tuple[Any, dict[str
     widest = spec.index_block if spec.index == "blocks" else 128
     types = dict.fromkeys(getattr(module, kernel).arg_names, "i32")
     types |= dict.fromkeys(("q", "k", "v", "out"), _ELEMENT[case.dtype])
-    types |= {"mask": "*i1" if case.mask == "bool" else "*fp32", "lse": "*fp32", "mass": "*fp32", "index": "*i32"}
+    types |= {"mask": "*i1" if case.mask == "bool" else "*fp32", "lse": "*fp32", "mass": "*fp32"}
+    types |= {"index": "*i32", "head_windows": "*i32"}
     constants: dict[str, Any] = {
         "BM": min(tile.block_m, widest),
         "BN": min(tile.block_n, widest),
