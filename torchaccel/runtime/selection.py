@@ -64,7 +64,6 @@ class Selection:
     unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
     which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
     of the stored bytes that is read besides; the cost model goes by their sum. token_ids: the tokens' ids are wanted.
-    adopts: keys alone are enough to begin with, so that a cache made elsewhere can be continued (see ``adopt``).
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
@@ -73,7 +72,11 @@ class Selection:
     listed: int = 0
     share: float = 0.0
     token_ids: bool = False
-    adopts: bool = False
+
+    @property
+    def adopts(self) -> bool:
+        """Whether keys alone are enough to begin with, so that a cache made elsewhere can be continued."""
+        return False
 
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""
