@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -20,7 +22,7 @@ class StreamingLLM(SlidingWindow):
     """A sliding window beside attention sinks, in prefill, extend and decode."""
 
     name = "streaming_llm"
-    aliases = ("streaming",)
+    aliases: ClassVar[tuple[str, ...]] = ("streaming",)
     paper = "Efficient Streaming Language Models with Attention Sinks (2023)"
     Options = StreamingLLMOptions
 

@@ -37,6 +37,10 @@ class StridedSelection(Selection):
     def share(self) -> float:  # type: ignore[override]
         return 1 / self.stride
 
+    @property
+    def adopts(self) -> bool:
+        return True
+
     def width(self, state: State) -> int:
         return self.sinks + self.local + state["strided"].shape[2]
 
