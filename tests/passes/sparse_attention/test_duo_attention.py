@@ -77,8 +77,7 @@ def test_a_plan_of_the_kv_family_is_accepted():
 
 def test_lists_and_windows_of_heads_exclude_each_other():
     _, fast = compiled("llama", options={"sparse_attention": ["xattention", METHOD]})
-    with pytest.warns(UserWarning):
-        greedy(fast, prompt(1, 42), 2)
+    greedy(fast, prompt(1, 42), 2)
     assert any("windows of some heads are for plain tokens" in line for line in torchaccel.report(fast).declines)
 
 
@@ -95,3 +94,13 @@ def test_heads_that_do_not_exist_are_declined():
 
 def test_options_are_those_of_the_kv_family():
     assert DuoAttentionReadingOptions.model_fields.keys() == DuoAttention.Options.model_fields.keys()
+
+
+def test_over_a_cache_whose_heads_keep_different_numbers_of_tokens():
+    """AdaKV with room for everything changes nothing but the layout."""
+    adakv = {"kv_compression": {"method": "adakv", "tokens": 512}}
+    _, alone = compiled("llama", options={"sparse_attention": METHOD, "strict": True})
+    _, both = compiled("llama", options={"sparse_attention": METHOD, "strict": True, **adakv})
+    inputs = prompt(2, 42, padding=(0, 6))
+    assert torch.equal(greedy(alone, inputs, 24), greedy(both, inputs, 24))
+    assert "Ada" in torchaccel.report(both).records[1].sites[0].layout
