@@ -5,7 +5,8 @@
 Methods read about an eighth of the tokens, those that go by a share of the attention their default one. Times are those
 of ``torchaccel bench generate``, of a real prompt and the steps behind it: what methods that retrieve remember of a
 prompt, the random cache of ``bench decode`` has not. Loss is that of ``torchaccel evaluate``. Methods that need a plan
-are left out without ``--plan``. An interrupted run repeats what was not finished; ``--table-only`` measures nothing.
+are left out without ``--plan``. The documents of the two commands lie beside the table's (suffixes .times and .losses);
+one that is there already is not made again. ``--table-only`` measures nothing.
 """
 
 from __future__ import annotations
@@ -108,11 +109,14 @@ def measure(arguments: argparse.Namespace, asked: list[dict[str, Any]]) -> dict[
 
 
 def run(command: list[str], path: Path) -> dict[str, Any]:
-    """The document of a command of this environment; one that is there already is taken as it is."""
+    """The document of a command of this environment; one that is there already is taken as it is.
+
+    A variant that fails is a row that says so, and a status: the others are wanted all the same.
+    """
     if not path.exists():
         program = str(Path(sys.executable).with_name(command[0]))
         status = subprocess.run([program, *command[1:], "--json", str(path)]).returncode
-        if status:
+        if not path.exists():
             raise SystemExit(status)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -123,7 +127,8 @@ def result_of(document: dict[str, Any], options: dict[str, Any]) -> dict[str, An
     for row in document["results"]:
         if row["variant"].startswith("torchaccel") and row["options"] == options:
             return dict(row)
-    raise SystemExit(f"no result for {json.dumps(options)}; found {[row['variant'] for row in document['results']]}")
+    found = [row["variant"] for row in document["results"]]
+    raise SystemExit(f"no result for {json.dumps(options)}; found {found}: delete the document and measure again")
 
 
 def parts_read(model: str, options: dict[str, Any], context: int) -> dict[str, float]:
