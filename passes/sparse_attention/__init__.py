@@ -1,5 +1,6 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
+from .double_sparsity import DoubleSparsity
 from .flex_prefill import FlexPrefill
 from .loopserve import LoopServePrompt
 from .minference import MInference
@@ -7,4 +8,4 @@ from .quest import Quest
 from .streaming_llm import StreamingLLM
 from .xattention import XAttention
 
-METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt, Quest)
+METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt, Quest, DoubleSparsity)
