@@ -50,17 +50,7 @@ class Retrieval:
         policy = layout.selection
         if policy is None:
             return None if leader is None else self.made.get(leader)
-        past = site.key_cache.past
-        assert past is not None
-        fake = past.meta["example_value"]
-        assert isinstance(fake, LogicalKV)
-        shapes = policy.shapes(sizes(layout.format, fake.buf))
-        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
-        state = [
-            self.signature.placeholder(f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype))
-            for name, (shape, dtype) in shapes.items()
-        ]
-        made = least(policy)
+        state, made = self.state(site, layout), least(policy)
         arguments = (
             site.q,
             site.key_cache.new,
@@ -75,3 +65,19 @@ class Retrieval:
             index = self.graph.call_function(selection.operator(), arguments)
         self.made[site.index] = Lists(index, policy, made)
         return self.made[site.index]
+
+    def state(self, site: AttentionSite, layout: Layout) -> list[Node]:
+        """Inputs for what the policy of ``layout`` remembers of the cache of ``site``."""
+        policy, past = layout.selection, site.key_cache.past
+        assert policy is not None and past is not None
+        fake = past.meta["example_value"]
+        assert isinstance(fake, LogicalKV)
+        shapes = policy.shapes(sizes(layout.format, fake.buf))
+        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
+        return [
+            self.signature.placeholder(
+                f"{past.name}_{name}",
+                fake.buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else fake.buf.device),
+            )
+            for name, (shape, dtype) in shapes.items()
+        ]
