@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -67,17 +68,19 @@ class Retrieval:
         return self.made[site.index]
 
     def state(self, site: AttentionSite, layout: Layout) -> list[Node]:
-        """Inputs for what the policy of ``layout`` remembers of the cache of ``site``."""
+        """Inputs for what the policy of ``layout`` remembers of the cache of ``site``, of a plain one made here."""
         policy, past = layout.selection, site.key_cache.past
         assert policy is not None and past is not None
-        fake = past.meta["example_value"]
-        assert isinstance(fake, LogicalKV)
-        shapes = policy.shapes(sizes(layout.format, fake.buf))
+        plain = not isinstance(past.meta["example_value"], LogicalKV)
+        buf = self.signature.logical(past, layout).buf
+        state = []
         # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
-        return [
-            self.signature.placeholder(
-                f"{past.name}_{name}",
-                fake.buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else fake.buf.device),
-            )
-            for name, (shape, dtype) in shapes.items()
-        ]
+        for name, (shape, dtype) in policy.shapes(sizes(layout.format, buf)).items():
+            example = buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else buf.device)
+            if plain and len(shape) > 2:
+                torch._dynamo.maybe_mark_dynamic(example, 2)
+            state.append(self.signature.placeholder(f"{past.name}_{name}", example))
+        if plain:
+            with self.graph.inserting_before(site.node):
+                self.graph.call_function(selection.adoption(), (past, state, site.mask, policy.key()))
+        return state

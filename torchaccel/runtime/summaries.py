@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class SummarySelection(Selection):
     sinks: int = 0
     recent: int = 1
     reduce: Literal["max", "mean", "softmax"] = "max"
+    adopts: ClassVar[bool] = True
 
     @property
     def covers(self) -> int:  # type: ignore[override]
