@@ -48,9 +48,7 @@ def summarise(
     k = k_new.to(DTYPES[spec.dtype]).float()
     if spec.kind == "channels":
         assert channels is not None
-        summary[:, :, end : end + n] = k.gather(3, channels.long()[:, :, None].expand(-1, -1, n, -1)).to(
-            summary.dtype
-        )
+        summary[:, :, end : end + n] = k.gather(3, channels.long()[:, :, None].expand(-1, -1, n, -1)).to(summary.dtype)
         return
     before, after = end - low * size, high * size - end - n
     k = torch.nn.functional.pad(k, (0, 0, before, after)).unflatten(2, (-1, size))

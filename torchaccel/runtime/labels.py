@@ -22,9 +22,9 @@ from .selection import Call, Selection, Shapes, Sizes
 class LabelSelection(Selection):
     """The ``entries`` tokens whose labels, some channels of a key, have the greatest product with the query's.
 
-    The newest token is one of them. labelled: channels of a label. total: of a key. chosen: the channels of each KV head,
-    ``labelled`` numbers each; without any, every row takes those in which the keys of its first call are largest on
-    average. reduce: how the query heads of a KV head agree.
+    The newest token is one of them. labelled: channels of a label. total: of a key. chosen: the channels of each KV
+    head, ``labelled`` numbers each; without any, every row takes those in which the keys of its first call are largest
+    on average. reduce: how the query heads of a KV head agree.
     State: ``labels`` ``[B, H_kv, C, labelled]`` in the keys' dtype, ``channels`` int32 ``[B, H_kv, labelled]``.
     """
 
