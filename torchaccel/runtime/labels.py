@@ -34,10 +34,13 @@ class LabelSelection(Selection):
     chosen: tuple[tuple[int, ...], ...] = ()
     reduce: Literal["max", "mean", "softmax"] = "max"
     unit: ClassVar[Literal["blocks", "tokens"]] = "tokens"
-    adopts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chosen", tuple(tuple(head) for head in self.chosen))  # lists where read from a key
+
+    @property
+    def adopts(self) -> bool:
+        return True
 
     @property
     def covers(self) -> int:  # type: ignore[override]

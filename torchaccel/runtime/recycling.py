@@ -34,8 +34,11 @@ class RecycledSelection(Selection):
     check: int = 0
     similarity: float = 0.8
     unit: ClassVar[Literal["blocks", "tokens"]] = "tokens"
-    adopts: ClassVar[bool] = True
     host: ClassVar[frozenset[str]] = frozenset({"steps"})
+
+    @property
+    def adopts(self) -> bool:
+        return True
 
     @property
     def covers(self) -> int:  # type: ignore[override]

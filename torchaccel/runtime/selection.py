@@ -65,7 +65,6 @@ class Selection:
     which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
     of the stored bytes that is read besides; the cost model goes by their sum. token_ids: the tokens' ids are wanted.
     host: tensors of the state that lie in host memory, because it is decided by them what runs.
-    adopts: keys alone are enough to begin with, so that a cache made elsewhere can be continued (see ``adopt``).
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
@@ -75,7 +74,11 @@ class Selection:
     share: float = 0.0
     token_ids: bool = False
     host: ClassVar[frozenset[str]] = frozenset()
-    adopts: bool = False
+
+    @property
+    def adopts(self) -> bool:
+        """Whether keys alone are enough to begin with, so that a cache made elsewhere can be continued."""
+        return False
 
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""

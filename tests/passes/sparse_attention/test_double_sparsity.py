@@ -9,6 +9,7 @@ import torchaccel
 from tests.e2e.generation import all_lowered, compiled, greedy, phases, prompt
 from tests.models.families import build
 from tests.passes.listed_reference import Lister, listing
+from tests.runtime.test_adoption import continued, plain_cache
 from torchaccel.runtime.labels import LabelSelection
 from torchaccel.runtime.selection import Call, Selection, Sizes
 
@@ -78,6 +79,19 @@ def test_all_channels_find_the_best_tokens():
     scores = (q @ keys.transpose(2, 3))[:, :, 0]
     scores[..., -1] = torch.inf
     assert torch.equal(listed.long(), scores.topk(7).indices.sort(-1).values)
+
+
+def test_plain_caches_are_continued():
+    """Labels, and the channels of each row, are made from the keys that come in."""
+    eager, fast = compiled("llama", options={"sparse_attention": method(), "strict": True})
+    inputs, rule = prompt(2, 123, padding=(0, 42)), LabelRule(TOKENS, KEPT)
+    given = [plain_cache(eager, inputs) for _ in range(2)]
+    for index, layer in enumerate(given[0].layers):
+        rule.prompt(index, None, layer.keys, None, inputs["attention_mask"].bool())
+    expected, _ = continued(listing(eager, rule), inputs, given[0], [1] * 10)
+    found, _ = continued(fast, inputs, given[1], [1] * 10)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    assert all_lowered(fast)
 
 
 @pytest.mark.parametrize("payload", ["int8", {"method": "int4", "window": 256}])

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 import torchaccel
 from tests.e2e.generation import all_lowered, compiled, greedy, phases, prompt
 from tests.passes.listed_reference import Lister, listing
+from tests.runtime.test_adoption import continued, plain_cache
 from torchaccel.runtime.recycling import RecycledSelection
 from torchaccel.runtime.selection import Selection, Sizes, copied
 
@@ -96,6 +97,16 @@ def test_turns_and_crops_equal_the_reference():
     own = turns(fast)
     torch.testing.assert_close(own, turns(listing(eager, RecycleRule(TOKENS, STRIDE))), atol=2e-4, rtol=0)
     assert len(phases(fast)) == 3
+
+
+def test_plain_caches_are_continued():
+    eager, fast = compiled("llama", options={"sparse_attention": method(), "strict": True})
+    inputs = prompt(2, 123, padding=(0, 42))
+    given = [plain_cache(eager, inputs) for _ in range(2)]
+    expected, _ = continued(listing(eager, RecycleRule(TOKENS, STRIDE)), inputs, given[0], [1] * 20)
+    found, _ = continued(fast, inputs, given[1], [1] * 20)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    assert all_lowered(fast)
 
 
 def test_quantised_caches_are_recycled():
