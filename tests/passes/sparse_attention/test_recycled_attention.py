@@ -163,6 +163,9 @@ def test_queries_that_turn_away_ask_for_a_full_step():
     assert not RecycledSelection(2, 50, 2, 2, -0.5).full(state, turned)
     beams = copied(policy, state, Sizes(3, 3, 64, 4, torch.float32), torch.tensor([1, 1, 0]))
     assert torch.equal(beams["recycled"], state["recycled"][[1, 1, 0]]) and beams["steps"].tolist() == [2] * 3
+    # What decides what runs is never waited for.
+    elsewhere = policy.allocate(Sizes(2, 3, 64, 4, torch.float32), torch.device("meta"))
+    assert {name for name, x in elsewhere.items() if x.device.type == "cpu"} == {"steps"}
 
 
 def test_options_are_checked():
