@@ -171,8 +171,8 @@ def _select(
     k = _tokens(kept.dtype, generator, batch, heads, tokens, kept.head_dim)
     channels = None
     if kept.kind == "channels":
-        order = torch.rand((heads, kept.head_dim), generator=generator, device=device).argsort(-1)
-        channels = order[:, : kept.channels].int().contiguous()
+        order = torch.rand((batch, heads, kept.head_dim), generator=generator, device=device).argsort(-1)
+        channels = order[..., : kept.channels].int().contiguous()
     first = torch.arange(batch, device=device).clamp(max=max(tokens - 1, 0))
     selection_reference.summarise(kept, k, summary, sums, torch.tensor([0, 0, 0]), first, channels)
     return q, summary, torch.tensor([0, tokens, tokens]), first, channels

@@ -31,7 +31,7 @@ def summarise(
 
     k_new: ``[B, H_kv, n, D]``. lens: int64 ``[3]`` on the CPU, see ``reference.decode_attention``; slots before
     ``lens[0]`` or ``first`` (int64 ``[B]``, first live slot of a row) count for nothing. channels: int32
-    ``[H_kv, channels]`` for kind "channels".
+    ``[B, H_kv, channels]`` for kind "channels".
     Means are of float32 sums in the order of the slots, so the result does not depend on how many tokens came at once:
     a mean rounded at every token would. After a rewind to ``length`` slots, call it with ``lens[1]`` the start of the
     open block, ``length // block * block``, and the keys from there on.
@@ -48,9 +48,7 @@ def summarise(
     k = k_new.to(DTYPES[spec.dtype]).float()
     if spec.kind == "channels":
         assert channels is not None
-        summary[:, :, end : end + n] = k.gather(3, channels.long()[None, :, None].expand(batch, -1, n, -1)).to(
-            summary.dtype
-        )
+        summary[:, :, end : end + n] = k.gather(3, channels.long()[:, :, None].expand(-1, -1, n, -1)).to(summary.dtype)
         return
     before, after = end - low * size, high * size - end - n
     k = torch.nn.functional.pad(k, (0, 0, before, after)).unflatten(2, (-1, size))
@@ -97,7 +95,7 @@ def scores(
     x = q.float().unflatten(1, (-1, spec.group))  # [B, H_kv, G, Q, D]
     if spec.summary.kind == "channels":
         assert channels is not None
-        x = x.gather(4, channels.long()[None, :, None, None].expand(batch, -1, spec.group, n, -1))
+        x = x.gather(4, channels.long()[:, :, None, None].expand(-1, -1, spec.group, n, -1))
     begin = _first(first, start, batch, q.device)
     dead = (torch.arange(rows, device=q.device) < begin[:, None] // spec.summary.block)[:, None, None, None]
     if spec.summary.kind == "minmax":
@@ -129,7 +127,7 @@ def select(
 
     Entries ascend, and -1 behind them is no entry: the ``index`` of ``reference.decode_attention``. summary: as
     ``summarise`` left it. lens: int64 ``[3]`` on the CPU; slots before ``lens[0]`` are not live. first: int64 ``[B]``,
-    first live slot of every row (left padding). channels: int32 ``[H_kv, channels]`` for kind "channels".
+    first live slot of every row (left padding). channels: int32 ``[B, H_kv, channels]`` for kind "channels".
     """
     start, end, _ = (int(x) for x in lens)
     got = scores(spec, q, summary, lens, first, channels)

@@ -118,7 +118,7 @@ def _function(spec: SelectionSpec, scored: bool, share: str = "") -> Select:
                 f"the summary must be {stored} with rows of strides {packed}; found {summary.dtype}, {strides}"
             )
         if picks and (channels is None or channels.dtype != int32 or not channels.is_contiguous()):
-            raise ValueError("kind 'channels' needs their numbers: a contiguous int32 tensor [H_kv, channels]")
+            raise ValueError("kind 'channels' needs their numbers: a contiguous int32 tensor [B, H_kv, channels]")
         if first is not None and first.dtype != int64:
             first = first.to(int64)
         if scored:

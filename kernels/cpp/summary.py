@@ -85,7 +85,7 @@ def summarise(spec: SummarySpec) -> Summarise:
                 f"the summary must be {stored} with rows of strides {rows}; found {summary.dtype}, {summary.stride()}"
             )
         if picks and (channels is None or channels.dtype != int32 or not channels.is_contiguous()):
-            raise ValueError("kind 'channels' needs their numbers: a contiguous int32 tensor [H_kv, channels]")
+            raise ValueError("kind 'channels' needs their numbers: a contiguous int32 tensor [B, H_kv, channels]")
         if first is not None and first.dtype != int64:
             first = first.to(int64)
         kernel(

@@ -84,7 +84,7 @@ def checked_channels(spec: SummarySpec, channels: Tensor | None) -> Tensor | Non
     if spec.kind != "channels":
         return None
     if channels is None or channels.dtype != torch.int32 or not channels.is_contiguous():
-        raise ValueError("kind 'channels' needs their numbers: a contiguous int32 tensor [H_kv, channels]")
+        raise ValueError("kind 'channels' needs their numbers: a contiguous int32 tensor [B, H_kv, channels]")
     return channels
 
 

@@ -20,6 +20,7 @@ from torchaccel.runtime.bindings import AppendBinding, StoreBinding
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.kv import LogicalKV
 from torchaccel.runtime.layout import Layout
+from torchaccel.runtime.recycling import RecycledSelection
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
@@ -30,6 +31,7 @@ from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
 from .ragged import RaggedLowering, marks_of
+from .recycling import RecyclingLowering
 from .retrieval import Retrieval
 from .rotary import Rotary, find_rotary, pays
 from .shared import SharedLowering, unshared_reason
@@ -340,14 +342,19 @@ class AttentionLowering:
         sites = len(self.context.anatomy.attentions)
         ids = self.context.anatomy.ids
         least = partial(self.gate.least, site=site, exact=spec, batch=shape.batch, sites=sites)
-        lists = self.retrieval.lists(site, plan.leader, layouts[0], lens, ids, least)
+        step = static(fake(site.q).shape[2]) == 1
+        recycles = step and isinstance(layouts[0].selection, RecycledSelection)
+        lists = None if recycles else self.retrieval.lists(site, plan.leader, layouts[0], lens, ids, least)
         if _latent(*layouts):
             fresh = self.latents.tokens(site, layouts)
             rebuilding, first = self.latents.rebuilding(site, layouts, lens)
             with_factors = (site.q, *fresh, *args[3:], *rebuilding, choice.key())
             replace_site(self.graph, site, torch.ops.torchaccel.attend_latents.default, with_factors)
             binding = replace(binding, table=first)
-        elif lists is not None and static(fake(site.q).shape[2]) == 1:
+        elif recycles:
+            recycling = RecyclingLowering(self.retrieval, self.chooser)
+            choice, shape = recycling.attend(site, spec, args, layouts[0], shape, least)
+        elif lists is not None and step:
             whole, shape = choice, replace(shape, density=lists.policy.share, listed=lists.policy.listed)
             choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())

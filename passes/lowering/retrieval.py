@@ -51,14 +51,7 @@ class Retrieval:
         policy = layout.selection
         if policy is None:
             return None if leader is None else self.made.get(leader)
-        past = site.key_cache.past
-        assert past is not None
-        plain = not isinstance(past.meta["example_value"], LogicalKV)
-        state = self._state(past, layout, policy, plain)
-        if plain:
-            with self.graph.inserting_before(site.node):
-                self.graph.call_function(selection.adoption(), (past, state, site.mask, policy.key()))
-        made = least(policy)
+        state, made = self.state(site, layout), least(policy)
         arguments = (
             site.q,
             site.key_cache.new,
@@ -74,14 +67,20 @@ class Retrieval:
         self.made[site.index] = Lists(index, policy, made)
         return self.made[site.index]
 
-    def _state(self, past: Node, layout: Layout, policy: Selection, plain: bool) -> list[Node]:
-        """Inputs for the state of ``policy``, which keeps it for the cache tensor ``past``; plain: not yet."""
+    def state(self, site: AttentionSite, layout: Layout) -> list[Node]:
+        """Inputs for what the policy of ``layout`` remembers of the cache of ``site``, of a plain one made here."""
+        policy, past = layout.selection, site.key_cache.past
+        assert policy is not None and past is not None
+        plain = not isinstance(past.meta["example_value"], LogicalKV)
         buf = self.signature.logical(past, layout).buf
         state = []
         # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
         for name, (shape, dtype) in policy.shapes(sizes(layout.format, buf)).items():
-            example = buf.new_empty(shape, dtype=dtype)
+            example = buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else buf.device)
             if plain and len(shape) > 2:
                 torch._dynamo.maybe_mark_dynamic(example, 2)
             state.append(self.signature.placeholder(f"{past.name}_{name}", example))
+        if plain:
+            with self.graph.inserting_before(site.node):
+                self.graph.call_function(selection.adoption(), (past, state, site.mask, policy.key()))
         return state

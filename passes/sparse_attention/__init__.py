@@ -1,12 +1,14 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
 from .a_shape import AShape
+from .double_sparsity import DoubleSparsity
 from .duo_attention import DuoAttentionReading
 from .flex_prefill import FlexPrefill
 from .longgen import LongGen
 from .loopserve import LoopServePrompt
 from .minference import MInference
 from .quest import Quest
+from .recycled_attention import RecycledAttention
 from .sliding_window import SlidingWindow
 from .streaming_llm import StreamingLLM
 from .video_xl import VideoXLPrompt
@@ -24,4 +26,6 @@ METHODS = (
     LoopServePrompt,
     VideoXLPrompt,
     Quest,
+    DoubleSparsity,
+    RecycledAttention,
 )

@@ -101,7 +101,7 @@ def test_summaries(name: str) -> None:
     spec = next(spec for spec in test_selection_summary.SPECS.values() if spec.kind == name)
     torch.manual_seed(6)
     k = torch.randn(2, 3, 123, spec.head_dim).to(test_selection_summary.DTYPES[spec.dtype])
-    channels = test_selection_summary.chosen_channels(spec, 3)
+    channels = test_selection_summary.chosen_channels(spec, 2, 3)
     got, want = (test_selection_summary.poisoned(spec, 2, 3, 200) for _ in range(2))
     run = registry.summarise(spec, "cpu").run
     test_selection_summary.store(lambda _, *args: run(*args), spec, k, *got, (42, 6), None, channels)

@@ -50,7 +50,7 @@ def case(spec: SelectionSpec, length: int, new: int = 1, batch: int = 2, heads: 
     q = numbers(batch, new, heads * spec.group, dim).to(DTYPES[spec.dtype]).transpose(1, 2)
     k = numbers(batch, heads, length, dim).to(DTYPES[spec.summary.dtype])
     first = torch.arange(batch) * (length // 3)
-    channels = chosen_channels(spec.summary, heads)
+    channels = chosen_channels(spec.summary, batch, heads)
     summary, sums = poisoned(spec.summary, batch, heads, length + 40)
     store(selection_reference.summarise, spec.summary, k, summary, sums, first=first, channels=channels)
     return q, summary, torch.tensor([0, length, length]), first, channels
@@ -146,7 +146,7 @@ def test_double_sparsity_example() -> None:
     """Channels 0 and 2 of four; the three tokens of the paper's formula."""
     spec = SelectionSpec(SummarySpec("channels", 4, "float32", "float32", 1, 2), 1, "float32", 3)
     keys = [(1, 0, 2, 0), (0, 1, 0, 1), (2, 1, -1, 0), (0, 0, 1, 3), (1, 1, 1, 1), (-1, 0, 0, 2)]
-    channels = torch.tensor([[0, 2]], dtype=torch.int32)
+    channels = torch.tensor([[[0, 2]]], dtype=torch.int32)
     summary, sums = poisoned(spec.summary, 1, 1, 6)
     k = torch.tensor(keys).float()[None, None]
     store(selection_reference.summarise, spec.summary, k, summary, sums, channels=channels)

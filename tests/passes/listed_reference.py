@@ -22,6 +22,9 @@ class Lister:
     def step(self, layer: int, q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def attended(self, layer: int, weights: Tensor) -> None:
+        """Called after a step with its attention ``[B, H, S]``."""
+
 
 def listing(model: Any, rule: Lister) -> Any:
     """``model`` (in place) with attention that reads what ``rule`` lists; one sequence of calls, from its prompt on."""
@@ -41,6 +44,8 @@ def listing(model: Any, rule: Lister) -> Any:
             seen[..., -1] = True
             scores = scores.masked_fill(~seen.repeat_interleave(group, 1)[:, :, None], -torch.inf)
         weights = torch.softmax(scores, -1)
+        if q.shape[2] == 1:
+            rule.attended(module.layer_idx, weights[:, :, 0])
         if q.shape[2] == k.shape[2]:
             rule.prompt(module.layer_idx, q, k, weights * valid[:, None, :, None], valid)
         return (weights.to(v.dtype) @ wide_v).transpose(1, 2).contiguous(), None

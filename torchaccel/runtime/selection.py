@@ -64,6 +64,7 @@ class Selection:
     unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
     which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
     of the stored bytes that is read besides; the cost model goes by their sum. token_ids: the tokens' ids are wanted.
+    host: tensors of the state that lie in host memory, because it is decided by them what runs.
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
@@ -72,6 +73,7 @@ class Selection:
     listed: int = 0
     share: float = 0.0
     token_ids: bool = False
+    host: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def adopts(self) -> bool:
@@ -121,10 +123,10 @@ class Selection:
 
     def allocate(self, sizes: Sizes, device: torch.device) -> State:
         """A state of zeros."""
-        made = {
-            name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in self.shapes(sizes).items()
+        return {
+            name: torch.zeros(shape, dtype=dtype, device="cpu" if name in self.host else device)
+            for name, (shape, dtype) in self.shapes(sizes).items()
         }
-        return made
 
     def key(self) -> str:
         """Canonical JSON of the class and its fields."""
@@ -145,7 +147,7 @@ def copied(policy: Selection, state: State, sizes: Sizes, rows: Tensor | None) -
     """The state of ``rows`` int64 ``[B']`` (None for all) in tensors for ``sizes``."""
     made = policy.allocate(sizes, state["first"].device)
     for name, x in state.items():
-        old, new = x if rows is None else x.index_select(0, rows), made[name]
+        old, new = x if rows is None else x.index_select(0, rows.to(x.device)), made[name]
         new[tuple(slice(min(sides)) for sides in zip(old.shape, new.shape, strict=True))].copy_(
             old[tuple(slice(min(sides)) for sides in zip(old.shape, new.shape, strict=True))]
         )
@@ -190,6 +192,12 @@ def _names(key: str) -> tuple[Selection, tuple[str, ...]]:
     return policy, tuple(policy.shapes(Sizes(1, 1, 1, 8, torch.float32)))
 
 
+def named(key: str, state: list[Tensor]) -> tuple[Selection, State]:
+    """The policy of a key, and the tensors of its state, as an operator is given them, by their names."""
+    policy, names = _names(key)
+    return policy, dict(zip(names, state, strict=True))
+
+
 def _retrieve(
     q: Tensor,
     k_new: Tensor,
@@ -200,26 +208,24 @@ def _retrieve(
     least: int,
     key: str,
 ) -> Tensor:
-    policy, names = _names(key)
-    named = dict(zip(names, state, strict=True))
+    policy, found = named(key, state)
     call = Call(q, k_new, lens, mask, ids)
     n = q.shape[2]
     if n > 1 and mask is not None:
-        _find_first(named["first"], call)
-    policy.append(named, call)
+        _find_first(found["first"], call)
+    policy.append(found, call)
     if n > 1 or int(lens[1]) + n <= least:
-        return q.new_empty((q.shape[0], k_new.shape[1], policy.width(named)), dtype=torch.int32)
-    return policy.choose(named, call)
+        return q.new_empty((q.shape[0], k_new.shape[1], policy.width(found)), dtype=torch.int32)
+    return policy.choose(found, call)
 
 
 def _adopt(keys: Tensor, state: list[Tensor], mask: Tensor | None, key: str) -> None:
-    policy, names = _names(key)
-    named, tokens = dict(zip(names, state, strict=True)), keys.shape[2]
+    (policy, found), tokens = named(key, state), keys.shape[2]
     for x in state:
         x.zero_()
-    named["first"].copy_(first_column(mask, keys.device).clamp(max=tokens))
-    valid = torch.arange(tokens, device=keys.device) >= named["first"][:, None]
-    policy.adopt(named, keys, valid)
+    found["first"].copy_(first_column(mask, keys.device).clamp(max=tokens))
+    valid = torch.arange(tokens, device=keys.device) >= found["first"][:, None]
+    policy.adopt(found, keys, valid)
 
 
 def _retrieve_fake(
@@ -232,8 +238,8 @@ def _retrieve_fake(
     least: int,
     key: str,
 ) -> Tensor:
-    policy, names = _names(key)
-    width = policy.width(dict(zip(names, state, strict=True)))
+    policy, found = named(key, state)
+    width = policy.width(found)
     return q.new_empty((q.shape[0], k_new.shape[1], width), dtype=torch.int32)
 
 

@@ -348,7 +348,9 @@ class Storage:
         if self.record is not None:
             state = {name: x.to(device) for name, x in self.record.state.items()}
             new.record = replace(self.record, state=state)
-        new.state = {name: x.to(device) for name, x in self.state.items()}
+        policy = self.layout.selection
+        host = frozenset() if policy is None else policy.host
+        new.state = {name: x.clone() if name in host else x.to(device) for name, x in self.state.items()}
         return new
 
 

@@ -146,7 +146,7 @@ def run_summary_case(case: SummaryCase, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     k = (torch.randn(2, length, 3, spec.head_dim, generator=generator) + 1).to(DTYPES[spec.dtype]).transpose(1, 2)
     k[1, :, : case.padding] = torch.nan
-    first, channels = torch.tensor([0, case.padding]), _channels(spec, 3, generator)
+    first, channels = torch.tensor([0, case.padding]), _channels(spec, 2, 3, generator)
     results = []
     for where in (torch.device("cpu"), device):
         # A view into more slots than are used, all of them NaN.
@@ -182,7 +182,7 @@ def run_selection_case(case: SelectionCase, device: torch.device) -> str | None:
     q = numbers(2, case.queries, 2 * spec.group, dim).to(DTYPES[spec.dtype]).transpose(1, 2)
     k = numbers(2, 2, case.length, dim).to(DTYPES[spec.summary.dtype])
     first = torch.tensor([0, case.length // 3])
-    channels = _channels(spec.summary, 2, generator)
+    channels = _channels(spec.summary, 2, 2, generator)
     kept, sums = selection_reference.allocate(spec.summary, 2, 2, case.length + 40, torch.device("cpu"))
     kept.fill_(torch.nan)
     selection_reference.summarise(spec.summary, k, kept, sums, torch.zeros(3, dtype=torch.int64), first, channels)
@@ -238,9 +238,8 @@ def _scores_differ(got: Tensor, expected: Tensor) -> str | None:
     return None if difference <= TOLERANCE * scale else f"scores differ by {difference} of {scale}"
 
 
-def _channels(spec: SummarySpec, heads: int, generator: torch.Generator) -> Tensor | None:
+def _channels(spec: SummarySpec, batch: int, heads: int, generator: torch.Generator) -> Tensor | None:
     if spec.kind != "channels":
         return None
-    return torch.stack(
-        [torch.randperm(spec.head_dim, generator=generator)[: spec.channels] for _ in range(heads)]
-    ).int()
+    order = torch.rand(batch, heads, spec.head_dim, generator=generator).argsort(-1)
+    return order[..., : spec.channels].int().contiguous()
