@@ -20,6 +20,7 @@ from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, StoreBinding
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.kv import LogicalKV, prefix_names
+from torchaccel.runtime.selection import MostAttended, Selection
 from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
@@ -30,12 +31,14 @@ from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
 from .ragged import marks_of, ragged_spec
-from .retrieval import Retrieval
+from .retrieval import Lists, Retrieval
 from .rotary import Rotary, find_rotary, pays
 from .signature import Signature
 
 # The place of the mass among the results of the operators that have side results.
 MASS = 2
+# The place of the list among the results of the attention that makes one.
+INDEX = 1
 # The places of the mass and of the share that was read, among the results of a sparse prompt.
 SPARSE_MASS, SHARE = 1, 2
 
@@ -102,6 +105,9 @@ class AttentionLowering:
         if plan.selection is not None and (latent or ragged or plan.mixing is not None):
             self.declines.append(Decline(site.name, Reason.NEEDS_PLAIN_TOKENS))
             plan = replace(plan, selection=None, leader=None)
+        if isinstance(plan.selection, MostAttended) and (plan.eviction is not None or plan.keep is not None):
+            self.declines.append(Decline(site.name, Reason.MOVED_TOKENS))
+            plan = replace(plan, selection=None, leader=None)
         if (not latent and plan.mixing is None) or (plan.eviction is None and plan.keep is None):
             return plan
         self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS if latent else Reason.PRUNED_CLASSES))
@@ -109,6 +115,10 @@ class AttentionLowering:
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past
+        if past is not None and isinstance(plan.selection, MostAttended):
+            # Nothing is stored for it: it is judged when the step's kernels are chosen.
+            judged = self._judge(site, replace(plan, selection=None))
+            return replace(judged, plan=replace(judged.plan, selection=plan.selection))
         if past is not None and isinstance(_fake(past), LogicalKV):
             plan = replace(plan, formats=None, selection=None)  # they were judged when the cache was made
         if plan.selection is not None and plan.eviction is not None and not plan.eviction.grows:
@@ -166,7 +176,7 @@ class AttentionLowering:
         of_keys, of_values = (
             factors if fmt.kind == "latent" else None for fmt, factors in zip((keys, values), plan.factors, strict=True)
         )
-        selection = plan.selection if plan.leader is None and not plan.dropped else None
+        selection = None if plan.dropped else _remembering(plan)
         both: dict[str, Any] = {"pruned": pruned, "eviction": plan.eviction, "mixing": mixing, "offload": plan.offload}
         return (
             Layout(keys, positions=pruned, selection=selection, factors=of_keys, **both),
@@ -249,7 +259,7 @@ class AttentionLowering:
         elif plan.dropped:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
-        policy = plan.mixing or plan.eviction or (Eviction() if plan.selection is not None else None)
+        policy = plan.mixing or plan.eviction or (Eviction() if _remembering(plan) is not None else None)
         if policy is not None and not plan.dropped:
             if plan.eviction is not None and plan.eviction.ragged and plan.formats is not None:
                 self.declines.append(Decline(site.name, Reason.RAGGED_CODES))
@@ -287,7 +297,7 @@ class AttentionLowering:
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
             latent = plan.factors != (None, None)
-            if plan.eviction is not None or plan.mixing is not None or plan.selection is not None or latent:
+            if plan.eviction is not None or plan.mixing is not None or _remembering(plan) is not None or latent:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
             formats = None if latent else plan.formats
             layouts = self._layouts(site, replace(plan, eviction=None, mixing=None, selection=None, formats=formats))
@@ -354,6 +364,13 @@ class AttentionLowering:
             choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
             self._replace(site, torch.ops.torchaccel.attend_listed.default, of_lists)
+        elif (least := self._choosing(site, plan, layouts[0], spec, shape)) is not None:
+            assert plan.selection is not None
+            whole, choice = choice, self.chooser.plan(replace(spec, mass=True), shape)
+            # The newest of the listed tokens is the step's own.
+            to_choose = (*args, plan.selection.listed - 1, least, choice.key(), whole.key())
+            (index,) = self._replace(site, torch.ops.torchaccel.attend_choosing.default, to_choose, INDEX)
+            self.retrieval.made[site.index] = Lists(index, plan.selection, least, pruned=False)
         elif mass:
             with_sides = (*args, None, None, choice.key())
             (received,) = self._replace(site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
@@ -366,6 +383,25 @@ class AttentionLowering:
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, _describe(layouts[0]), plan)
         self.sites[-1].rotary = rotary
+
+    def _choosing(
+        self, site: AttentionSite, plan: SitePlan, layout: Layout, spec: AttentionSpec, shape: AttentionShape
+    ) -> int | None:
+        """Stored tokens up to which a step's attention chooses nothing for other sites; None where it never does."""
+        policy = plan.selection
+        if not isinstance(policy, MostAttended) or plan.leader is not None or _hint(_fake(site.q).shape[2]) != 1:
+            return None
+        verdict = self.gate.lists(site, policy, spec, shape.batch, shape.sites)
+        reason = unsupported(replace(spec, mass=True), self.context.device.type)
+        if layout.pruned:
+            self.declines.append(Decline(site.name, Reason.MOVED_TOKENS))
+        elif reason is not None:
+            self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))
+        elif verdict is not None and verdict.switch_tokens is None:
+            self.declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
+        else:
+            return self.gate.least(site, policy, spec, shape.batch, shape.sites)
+        return None
 
     def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan) -> bool:
         """Attention without side results; returns whether its kernels do the rotary embedding, too."""
@@ -488,8 +524,13 @@ def _latent(keys: Layout, values: Layout) -> bool:
     return keys.factors is not None or values.factors is not None
 
 
+def _remembering(plan: SitePlan) -> Selection | None:
+    """The policy of which the site's keys carry the state."""
+    return plan.selection if isinstance(plan.selection, Selection) and plan.leader is None else None
+
+
 def _wants_ids(plan: SitePlan) -> bool:
-    return any(policy is not None and policy.token_ids for policy in (plan.eviction, plan.selection))
+    return any(policy is not None and policy.token_ids for policy in (plan.eviction, _remembering(plan)))
 
 
 def _describe(layout: Layout) -> str:

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime import selection
 from torchaccel.runtime.kv import LogicalKV
-from torchaccel.runtime.selection import Selection
+from torchaccel.runtime.selection import Listing, Selection
 from torchaccel.runtime.storage import Layout, sizes
 
 from .signature import Signature
@@ -18,11 +18,15 @@ from .signature import Signature
 
 @dataclass(frozen=True)
 class Lists:
-    """What a site reads: node int32 ``[B, H_kv, width]``, made by ``policy`` beyond ``least`` stored tokens."""
+    """What a site reads: node int32 ``[B, H_kv, width]``, made by ``policy`` beyond ``least`` stored tokens.
+
+    pruned: whether the site that they were made for stores some tokens only.
+    """
 
     index: Node
-    policy: Selection
+    policy: Listing
     least: int
+    pruned: bool
 
 
 class Retrieval:
@@ -48,7 +52,8 @@ class Retrieval:
         """
         policy = layout.selection
         if policy is None:
-            return None if leader is None else self.made.get(leader)
+            found = None if leader is None else self.made.get(leader)
+            return found if found is not None and found.pruned == layout.pruned else None
         past = site.key_cache.past
         assert past is not None
         fake = past.meta["example_value"]
@@ -72,5 +77,5 @@ class Retrieval:
         )
         with self.graph.inserting_before(site.node):
             index = self.graph.call_function(selection.operator(), arguments)
-        self.made[site.index] = Lists(index, policy, made)
+        self.made[site.index] = Lists(index, policy, made, layout.pruned)
         return self.made[site.index]

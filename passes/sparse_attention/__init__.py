@@ -5,6 +5,7 @@ from .loopserve import LoopServePrompt
 from .minference import MInference
 from .quest import Quest
 from .streaming_llm import StreamingLLM
+from .tidal_decode import TidalDecode
 from .xattention import XAttention
 
-METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt, Quest)
+METHODS = (StreamingLLM, XAttention, FlexPrefill, MInference, LoopServePrompt, Quest, TidalDecode)

@@ -1,4 +1,4 @@
-"""What a policy that retrieves is told, and what it decides: which of the stored tokens a decode step reads."""
+"""What policies that retrieve are told, and what they decide: which of the stored tokens a decode step reads."""
 
 from __future__ import annotations
 
@@ -53,17 +53,12 @@ class Call:
         return self.lens + torch.tensor([0, n, n])
 
 
-class Selection:
-    """Which tokens of a layer's cache a step reads; all of them stay. Subclasses are frozen dataclasses of numbers.
+class Listing:
+    """What the lists are like that decode steps read by. Subclasses are frozen dataclasses of numbers.
 
-    They guard compiled graphs and stand in them by ``key()``. A graph calls a policy through one operator, which runs
-    ``append`` for all new tokens and ``choose`` for a single one; several new tokens attend to everything.
-    The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
-    along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
-    token (left padding).
     unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
     which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
-    of the stored bytes that is read besides; the cost model goes by their sum. token_ids: the tokens' ids are wanted.
+    of the stored bytes that is read besides; the cost model goes by their sum.
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
@@ -71,6 +66,37 @@ class Selection:
     covers: int = 0
     listed: int = 0
     share: float = 0.0
+
+
+@dataclass(frozen=True)
+class MostAttended(Listing):
+    """The ``tokens`` that received most attention in a layer that reads everything, its newest token among them.
+
+    Such a layer remembers nothing: what it attended to in a step is what other layers read in the same step.
+    """
+
+    tokens: int
+    unit: ClassVar[Literal["blocks", "tokens"]] = "tokens"
+
+    @property
+    def covers(self) -> int:  # type: ignore[override]
+        return self.tokens
+
+    @property
+    def listed(self) -> int:  # type: ignore[override]
+        return self.tokens
+
+
+class Selection(Listing):
+    """Which tokens of a layer's cache a step reads; all of them stay.
+
+    They guard compiled graphs and stand in them by ``key()``. A graph calls a policy through one operator, which runs
+    ``append`` for all new tokens and ``choose`` for a single one; several new tokens attend to everything.
+    The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
+    along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
+    token (left padding). token_ids: the tokens' ids are wanted.
+    """
+
     token_ids: bool = False
 
     def tensors(self, sizes: Sizes) -> Shapes:
