@@ -18,7 +18,7 @@ from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.factors import Factors
 from torchaccel.runtime.mixing import Mixing
-from torchaccel.runtime.selection import Listing
+from torchaccel.runtime.listing import Listing
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.runtime.selection import Listing
+from torchaccel.runtime.listing import Listing
 
 from .base import Decline, Fidelity, SitePlan
 from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache

@@ -80,6 +80,7 @@ class ClusterSelection(Selection):
     fine: int
     alpha: float
     block: int = FINE
+    adopts: ClassVar[bool] = True
 
     @property
     def covers(self) -> int:  # type: ignore[override]

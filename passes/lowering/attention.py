@@ -20,7 +20,8 @@ from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.bindings import AppendBinding, StoreBinding
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.kv import LogicalKV, prefix_names
-from torchaccel.runtime.selection import MostAttended, Selection
+from torchaccel.runtime.listing import MostAttended
+from torchaccel.runtime.selection import Selection
 from torchaccel.runtime.storage import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
@@ -297,10 +298,12 @@ class AttentionLowering:
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
             latent = plan.factors != (None, None)
-            if plan.eviction is not None or plan.mixing is not None or _remembering(plan) is not None or latent:
+            needy = isinstance(plan.selection, Selection) and not plan.selection.adopts
+            if plan.eviction is not None or plan.mixing is not None or needy or latent:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
+            plan = replace(plan, selection=None) if needy else plan
             formats = None if latent else plan.formats
-            layouts = self._layouts(site, replace(plan, eviction=None, mixing=None, selection=None, formats=formats))
+            layouts = self._layouts(site, replace(plan, eviction=None, mixing=None, formats=formats))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
         policy = layouts[0].eviction

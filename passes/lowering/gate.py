@@ -10,7 +10,7 @@ from torchaccel.kernels.spec import AttentionSpec, KVFormat, dtype_name
 from torchaccel.cost.choose import Verdict
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.runtime.selection import Listing
+from torchaccel.runtime.listing import Listing
 
 from ..base import Decline, Reason, SitePlan
 from .choice import Chooser

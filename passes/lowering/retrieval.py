@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime import selection
 from torchaccel.runtime.kv import LogicalKV
-from torchaccel.runtime.selection import Listing, Selection
+from torchaccel.runtime.listing import Listing
+from torchaccel.runtime.selection import Selection
 from torchaccel.runtime.storage import Layout, sizes
 
 from .signature import Signature
@@ -56,14 +58,11 @@ class Retrieval:
             return found if found is not None and found.pruned == layout.pruned else None
         past = site.key_cache.past
         assert past is not None
-        fake = past.meta["example_value"]
-        assert isinstance(fake, LogicalKV)
-        shapes = policy.shapes(sizes(layout.format, fake.buf))
-        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
-        state = [
-            self.signature.placeholder(f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype))
-            for name, (shape, dtype) in shapes.items()
-        ]
+        plain = not isinstance(past.meta["example_value"], LogicalKV)
+        state = self._state(past, layout, policy, plain)
+        if plain:
+            with self.graph.inserting_before(site.node):
+                self.graph.call_function(selection.adoption(), (past, state, site.mask, policy.key()))
         made = least(policy)
         arguments = (
             site.q,
@@ -79,3 +78,15 @@ class Retrieval:
             index = self.graph.call_function(selection.operator(), arguments)
         self.made[site.index] = Lists(index, policy, made, layout.pruned)
         return self.made[site.index]
+
+    def _state(self, past: Node, layout: Layout, policy: Selection, plain: bool) -> list[Node]:
+        """Inputs for the state of ``policy``, which keeps it for the cache tensor ``past``; plain: not yet."""
+        buf = self.signature.logical(past, layout).buf
+        state = []
+        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
+        for name, (shape, dtype) in policy.shapes(sizes(layout.format, buf)).items():
+            example = buf.new_empty(shape, dtype=dtype, device=policy.place(name, buf.device))
+            if plain and len(shape) > 2:
+                torch._dynamo.maybe_mark_dynamic(example, 2)
+            state.append(self.signature.placeholder(f"{past.name}_{name}", example))
+        return state

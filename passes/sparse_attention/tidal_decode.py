@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.runtime.selection import MostAttended
+from torchaccel.runtime.listing import MostAttended
 
 from ..base import Decline, PassResult, Reason, RewriteContext
 from ..layerwise import numbered

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torchaccel.kernels import ops
 from torchaccel.kernels.reference import first_column
 
 from .eviction import Prompt, State
+from .listing import Listing
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -53,40 +54,6 @@ class Call:
         return self.lens + torch.tensor([0, n, n])
 
 
-class Listing:
-    """What the lists are like that decode steps read by. Subclasses are frozen dataclasses of numbers.
-
-    unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
-    which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
-    of the stored bytes that is read besides; the cost model goes by their sum.
-    """
-
-    unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
-    block: int = 64
-    covers: int = 0
-    listed: int = 0
-    share: float = 0.0
-
-
-@dataclass(frozen=True)
-class MostAttended(Listing):
-    """The ``tokens`` that received most attention in a layer that reads everything, its newest token among them.
-
-    Such a layer remembers nothing: what it attended to in a step is what other layers read in the same step.
-    """
-
-    tokens: int
-    unit: ClassVar[Literal["blocks", "tokens"]] = "tokens"
-
-    @property
-    def covers(self) -> int:  # type: ignore[override]
-        return self.tokens
-
-    @property
-    def listed(self) -> int:  # type: ignore[override]
-        return self.tokens
-
-
 class Selection(Listing):
     """Which tokens of a layer's cache a step reads; all of them stay.
 
@@ -94,10 +61,15 @@ class Selection(Listing):
     ``append`` for all new tokens and ``choose`` for a single one; several new tokens attend to everything.
     The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
     along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
-    token (left padding). token_ids: the tokens' ids are wanted.
+    token (left padding). on_host: names of tensors that stay in host memory, for the host to read.
+    token_ids: the tokens' ids are wanted. adopts: keys alone are enough to begin with, so that a cache made elsewhere
+    can be continued (see ``adopt``).
     """
 
+    on_host: ClassVar[tuple[str, ...]] = ()
+
     token_ids: bool = False
+    adopts: bool = False
 
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""
@@ -111,6 +83,13 @@ class Selection(Listing):
         """Fill ``state`` (all zeros but ``first``) for a prompt of which ``keys`` ``[B, H_kv, n, D]`` are stored.
 
         kept: their columns int64 ``[B, H_kv, n]``; None when all of them are.
+        """
+        self.append(state, Call(keys, keys, torch.zeros(3, dtype=torch.int64)))
+
+    def adopt(self, state: State, keys: Tensor, valid: Tensor) -> None:
+        """Fill ``state`` as ``begin`` for ``keys`` ``[B, H_kv, S, D]`` of which nothing else is known.
+
+        valid: bool ``[B, S]``, False for padding.
         """
         self.append(state, Call(keys, keys, torch.zeros(3, dtype=torch.int64)))
 
@@ -136,9 +115,14 @@ class Selection(Listing):
     def allocate(self, sizes: Sizes, device: torch.device) -> State:
         """A state of zeros."""
         made = {
-            name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in self.shapes(sizes).items()
+            name: torch.zeros(shape, dtype=dtype, device=self.place(name, device))
+            for name, (shape, dtype) in self.shapes(sizes).items()
         }
         return made
+
+    def place(self, name: str, device: torch.device) -> torch.device:
+        """Where the tensor ``name`` of a state lies whose keys are on ``device``."""
+        return torch.device("cpu") if name in self.on_host else device
 
     def key(self) -> str:
         """Canonical JSON of the class and its fields."""
@@ -159,7 +143,7 @@ def copied(policy: Selection, state: State, sizes: Sizes, rows: Tensor | None) -
     """The state of ``rows`` int64 ``[B']`` (None for all) in tensors for ``sizes``."""
     made = policy.allocate(sizes, state["first"].device)
     for name, x in state.items():
-        old, new = x if rows is None else x.index_select(0, rows), made[name]
+        old, new = x if rows is None else x.index_select(0, rows.to(x.device)), made[name]
         new[tuple(slice(min(sides)) for sides in zip(old.shape, new.shape, strict=True))].copy_(
             old[tuple(slice(min(sides)) for sides in zip(old.shape, new.shape, strict=True))]
         )
@@ -182,6 +166,20 @@ def operator() -> Any:
         lib.impl("retrieve", _retrieve, key)
     torch.library.register_fake("torchaccel::retrieve", _retrieve_fake, lib=lib)
     return torch.ops.torchaccel.retrieve.default
+
+
+@lru_cache(maxsize=1)
+def adoption() -> Any:
+    """``torchaccel::adopt``, defined on first use: the state of a layer made from plain keys that a cache brings along.
+
+    Its mask is that of the attention, of which new tokens are the last columns.
+    """
+    lib = ops.library()
+    lib.define("adopt(Tensor keys, Tensor(a!)[] state, Tensor? mask, str policy) -> ()")
+    for key in ("CPU", "CUDA"):
+        lib.impl("adopt", _adopt, key)
+    torch.library.register_fake("torchaccel::adopt", lambda keys, state, mask, policy: None, lib=lib)
+    return torch.ops.torchaccel.adopt.default
 
 
 @lru_cache(maxsize=1024)
@@ -210,6 +208,16 @@ def _retrieve(
     if n > 1 or int(lens[1]) + n <= least:
         return q.new_empty((q.shape[0], k_new.shape[1], policy.width(named)), dtype=torch.int32)
     return policy.choose(named, call)
+
+
+def _adopt(keys: Tensor, state: list[Tensor], mask: Tensor | None, key: str) -> None:
+    policy, names = _names(key)
+    named, tokens = dict(zip(names, state, strict=True)), keys.shape[2]
+    for x in state:
+        x.zero_()
+    named["first"].copy_(first_column(mask, keys.device).clamp(max=tokens))
+    valid = torch.arange(tokens, device=keys.device) >= named["first"][:, None]
+    policy.adopt(named, keys, valid)
 
 
 def _retrieve_fake(

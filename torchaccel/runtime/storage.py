@@ -381,7 +381,8 @@ class Storage:
         if self.record is not None:
             state = {name: x.to(device) for name, x in self.record.state.items()}
             new.record = replace(self.record, state=state)
-        new.state = {name: x.to(device) for name, x in self.state.items()}
+        if layout.selection is not None:
+            new.state = {name: x.to(layout.selection.place(name, device)) for name, x in self.state.items()}
         return new
 
 
@@ -404,7 +405,7 @@ def store(
     """Compress ``tokens`` ``[B, H, n, width]`` into a new storage.
 
     positions: integers ``[B, 1 | H, n]``, the column of each token, for layouts with positions; None for 0 .. n.
-    table: for layouts that are ``turned``.
+    table: for layouts that are ``turned``. The state of the layout's selection is zeros yet.
     """
     batch, heads, n, _ = tokens.shape
     buf, mapping = _allocate(layout, batch, heads, grown(n), tokens.device)
@@ -418,6 +419,8 @@ def store(
         slots[..., :n] = columns.to(torch.int32)
     stored = Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
     stored.rest(mapping)
+    if layout.selection is not None:
+        stored.state = layout.selection.allocate(stored.sizes, tokens.device)
     return stored
 
 
