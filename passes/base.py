@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +17,9 @@ from torchaccel.calibration.calibrator import Calibrator
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.factors import Factors
-from torchaccel.runtime.mixing import Mixing
 from torchaccel.runtime.listing import Listing
+from torchaccel.runtime.mixing import Mixing
+from torchaccel.runtime.selection import Selection
 
 Phase = Literal["prefill", "extend", "decode", "encoder"]
 
@@ -129,6 +130,15 @@ class SitePlan:
     keep: Node | None = None
     dropped: bool = False
     selector: PromptSelector | None = None
+
+    @property
+    def remembered(self) -> Selection | None:
+        """The policy of which the site's own keys carry the state."""
+        return self.selection if isinstance(self.selection, Selection) and self.leader is None else None
+
+    def reading_all(self) -> SitePlan:
+        """This plan without what chooses the tokens that steps read, and without the file they would lie in."""
+        return replace(self, selection=None, offload=None)
 
 
 class Fuel:

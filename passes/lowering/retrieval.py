@@ -11,9 +11,10 @@ from torch.fx import Graph, Node
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime import selection
 from torchaccel.runtime.kv import LogicalKV
+from torchaccel.runtime.layout import Layout
 from torchaccel.runtime.listing import Listing
 from torchaccel.runtime.selection import Selection
-from torchaccel.runtime.storage import Layout, sizes
+from torchaccel.runtime.storage import sizes
 
 from .signature import Signature
 

@@ -24,8 +24,8 @@ class TidalDecodeOptions(RetrievingOptions):
 
 
 class TidalDecode(RetrievingMethod):
-    """The first treated layer, and those of ``reselect``, attend to everything; the others read the tokens that the last
-    of these attended to most in the same step: for each KV head, by the sum over its query heads.
+    """The first treated layer, and those of ``reselect``, attend to everything; the others read the tokens that the
+    last of these attended to most in the same step: for each KV head, by the sum over its query heads.
 
     Nothing is remembered between steps. Layers with other KV heads than the last that chose choose for themselves.
     """

@@ -52,7 +52,10 @@ class SummarySelection(Selection):
         return self.entries
 
     def tensors(self, sizes: Sizes) -> Shapes:
-        rows, spec = summary_rows(sizes.capacity, self.block // self.pool), self._summary(sizes.head_dim, dtype_name(sizes.dtype))
+        rows, spec = (
+            summary_rows(sizes.capacity, self.block // self.pool),
+            self._summary(sizes.head_dim, dtype_name(sizes.dtype)),
+        )
         sums = sizes.head_dim if self.kind == "mean" else 0
         return {
             "summary": ((sizes.batch, sizes.heads, rows, *spec.row), sizes.dtype),
