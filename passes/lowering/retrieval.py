@@ -86,7 +86,7 @@ class Retrieval:
         state = []
         # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
         for name, (shape, dtype) in policy.shapes(sizes(layout.format, buf)).items():
-            example = buf.new_empty(shape, dtype=dtype, device=policy.place(name, buf.device))
+            example = buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else buf.device)
             if plain and len(shape) > 2:
                 torch._dynamo.maybe_mark_dynamic(example, 2)
             state.append(self.signature.placeholder(f"{past.name}_{name}", example))

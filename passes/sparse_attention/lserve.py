@@ -67,7 +67,7 @@ class ReusedPages(Selection):
     recent: int
     block: int = 64
     adopts: ClassVar[bool] = True
-    on_host: ClassVar[tuple[str, ...]] = ("since",)
+    host: ClassVar[frozenset[str]] = frozenset({"since"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "streaming", tuple(self.streaming))  # a list where it was read from a key

@@ -61,15 +61,15 @@ class Selection(Listing):
     ``append`` for all new tokens and ``choose`` for a single one; several new tokens attend to everything.
     The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
     along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
-    token (left padding). on_host: names of tensors that stay in host memory, for the host to read.
+    token (left padding).
     token_ids: the tokens' ids are wanted. adopts: keys alone are enough to begin with, so that a cache made elsewhere
-    can be continued (see ``adopt``).
+    can be continued (see ``adopt``). host: tensors of the state that lie in host memory, because it is decided by them
+    what runs.
     """
-
-    on_host: ClassVar[tuple[str, ...]] = ()
 
     token_ids: bool = False
     adopts: bool = False
+    host: ClassVar[frozenset[str]] = frozenset()
 
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""
@@ -114,15 +114,10 @@ class Selection(Listing):
 
     def allocate(self, sizes: Sizes, device: torch.device) -> State:
         """A state of zeros."""
-        made = {
-            name: torch.zeros(shape, dtype=dtype, device=self.place(name, device))
+        return {
+            name: torch.zeros(shape, dtype=dtype, device="cpu" if name in self.host else device)
             for name, (shape, dtype) in self.shapes(sizes).items()
         }
-        return made
-
-    def place(self, name: str, device: torch.device) -> torch.device:
-        """Where the tensor ``name`` of a state lies whose keys are on ``device``."""
-        return torch.device("cpu") if name in self.on_host else device
 
     def key(self) -> str:
         """Canonical JSON of the class and its fields."""

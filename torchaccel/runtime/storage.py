@@ -348,8 +348,8 @@ class Storage:
         if self.record is not None:
             state = {name: x.to(device) for name, x in self.record.state.items()}
             new.record = replace(self.record, state=state)
-        if layout.selection is not None:
-            new.state = {name: x.to(layout.selection.place(name, device)) for name, x in self.state.items()}
+        host = layout.selection.host if layout.selection is not None else ()
+        new.state = {name: x.to("cpu" if name in host else device) for name, x in self.state.items()}
         return new
 
 
