@@ -357,14 +357,14 @@ class AttentionLowering:
             choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
             replace_site(self.graph, site, torch.ops.torchaccel.attend_listed.default, of_lists)
-        elif (least := self._choosing(site, plan, layouts[0], spec, shape)) is not None:
+        elif (beyond := self._choosing(site, plan, layouts[0], spec, shape)) is not None:
             assert plan.selection is not None
             whole, choice = choice, self.chooser.plan(replace(spec, mass=True), shape)
             # The newest of the listed tokens is the step's own.
-            to_choose = (*args, plan.selection.listed - 1, least, choice.key(), whole.key())
+            to_choose = (*args, plan.selection.listed - 1, beyond, choice.key(), whole.key())
             target = torch.ops.torchaccel.attend_choosing.default
             (index,) = replace_site(self.graph, site, target, to_choose, INDEX)
-            self.retrieval.made[site.index] = Lists(index, plan.selection, least, pruned=False)
+            self.retrieval.made[site.index] = Lists(index, plan.selection, beyond, pruned=False)
         elif mass:
             with_sides = (*args, None, None, choice.key())
             (received,) = replace_site(self.graph, site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)

@@ -54,9 +54,10 @@ class ReusedPages(Selection):
 
     A page is as good as the best of its parts of ``part`` slots, by their bounds. A page that was begun since is read
     besides. streaming: for each KV head whether it reads, instead, the pages with its first ``sinks`` tokens and the
-    last ``recent // block + 1`` pages; nothing is kept of its keys.
-    State: ``summary``, as of ``SummarySelection``, of the other heads; ``chosen`` int32 ``[B, H', pages]``, what was
-    chosen last; ``since`` int64 ``[B]``, slots stored then, the step's own included, 0 for nothing chosen.
+    last ``recent // block + 1`` pages; no bounds are kept of its keys.
+    State: ``summary``, as of ``SummarySelection``, of the other heads; ``listed`` int32 ``[B, H_kv, width]``, the last
+    list; ``made`` int64 ``[B, 2]``, the slots that were stored when its pages were chosen, the step's own included, 0
+    for no list, and the newest page that it has.
     """
 
     pages: int
@@ -67,64 +68,62 @@ class ReusedPages(Selection):
     recent: int
     block: int = 64
     adopts: ClassVar[bool] = True
-    host: ClassVar[frozenset[str]] = frozenset({"since"})
+    host: ClassVar[frozenset[str]] = frozenset({"made"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "streaming", tuple(self.streaming))  # a list where it was read from a key
 
     @property
     def covers(self) -> int:  # type: ignore[override]
-        return self.sinks + self.recent if any(self.streaming) else self.pages * self.block
+        return self.sinks + self.recent if self._bound else self.pages * self.block
 
     @property
     def listed(self) -> int:  # type: ignore[override]
-        near = self.sinks + self.recent
-        return sum(near if streaming else self.pages * self.block for streaming in self.streaming) // self._heads
+        far, near = self.pages * self.block * len(self._retrieving), (self.sinks + self.recent) * len(self._bound)
+        return (far + near) // len(self.streaming)
 
     @property
     def share(self) -> float:  # type: ignore[override]
-        return self._summaries.share / self.interval * len(self._retrieving) / self._heads
+        return self._summaries.share / self.interval * len(self._retrieving) / len(self.streaming)
 
     def width(self, state: State) -> int:
-        return max(self.pages + 1, self._first_pages + self._last_pages) if any(self.streaming) else self.pages + 1
+        return self._width
 
     def tensors(self, sizes: Sizes) -> Shapes:
-        retrieving = len(self._retrieving)
-        kept = self._summaries.tensors(Sizes(sizes.batch, retrieving, sizes.capacity, sizes.head_dim, sizes.dtype))
-        chosen = (sizes.batch, retrieving, self.pages), torch.int32
-        return kept | {"chosen": chosen, "since": ((sizes.batch,), torch.int64)}
+        retrieving = Sizes(sizes.batch, len(self._retrieving), sizes.capacity, sizes.head_dim, sizes.dtype)
+        listed = (sizes.batch, sizes.heads, self._width), torch.int32
+        return self._summaries.tensors(retrieving) | {"listed": listed, "made": ((sizes.batch, 2), torch.int64)}
 
     def append(self, state: State, call: Call) -> None:
         if call.keys.shape[2] > 1:
-            state["since"].zero_()
+            state["made"].zero_()
         self._summarise(state, call.keys, call.lens)
 
     def choose(self, state: State, call: Call) -> Tensor:
-        end, since = int(call.lens[1]) + 1, int(state["since"][0])
-        if not 0 < since <= end < since + self.interval:
+        end, listed = int(call.lens[1]) + 1, state["listed"]
+        since, page = state["made"][0].tolist()
+        newest, retrieving = (end - 1) // self.block, self._at(self._retrieving)
+        anew = not 0 < since <= end < since + self.interval
+        if anew:
             since = end
-            self._choose_anew(state, call, end)
-        batch, newest = call.q.shape[0], (end - 1) // self.block
-        listed = torch.full((batch, self._heads, self.width(state)), -1, dtype=torch.int32, device=call.q.device)
-        listed[:, self._at(self._retrieving), : self.pages] = state["chosen"]
-        if (since - 1) // self.block < newest:
-            listed[:, self._at(self._retrieving), self.pages] = newest
-        if any(self.streaming):
-            near = self._near(state["first"], newest)
-            listed[:, self._at(self._bound), : near.shape[1]] = near[:, None]
-        return listed
+            listed.fill_(-1)
+            if self._retrieving:
+                q = call.q.unflatten(1, (len(self.streaming), -1))[:, retrieving].flatten(1, 2)
+                best = self._summaries.choose(state, Call(q, call.keys[:, retrieving], call.lens))
+                listed[:, retrieving, : self.pages] = best
+        if anew or page != newest:
+            if self._retrieving and newest != (since - 1) // self.block:
+                listed[:, retrieving, self.pages] = newest
+            if self._bound:
+                near = self._near(state["first"], newest)
+                listed[:, self._at(self._bound), : near.shape[1]] = near[:, None]
+            state["made"].copy_(torch.tensor([since, newest]))
+        return listed.clone()
 
     def restore(self, state: State, read: Callable[[int, int], Tensor], good: int, end: int) -> None:
-        state["since"].zero_()
+        state["made"].zero_()
         begin = min(good, end) // self.block * self.block
         self._summarise(state, read(begin, end), torch.tensor([0, begin, begin]))
-
-    def _choose_anew(self, state: State, call: Call, end: int) -> None:
-        state["since"].fill_(end)
-        if self._retrieving:
-            q = call.q.unflatten(1, (self._heads, -1))[:, self._at(self._retrieving)].flatten(1, 2)
-            keys = call.keys[:, self._at(self._retrieving)]
-            state["chosen"].copy_(self._summaries.choose(state, Call(q, keys, call.lens)))
 
     def _near(self, first: Tensor, newest: int) -> Tensor:
         """The pages of streaming heads, int32 ``[B, N]``, -1 for none; first: int64 ``[B]``."""
@@ -141,11 +140,7 @@ class ReusedPages(Selection):
 
     def _at(self, heads: tuple[int, ...]) -> slice | list[int]:
         """An index of heads, without a copy where they are all."""
-        return slice(None) if len(heads) == self._heads else list(heads)
-
-    @property
-    def _heads(self) -> int:
-        return len(self.streaming)
+        return slice(None) if len(heads) == len(self.streaming) else list(heads)
 
     @cached_property
     def _retrieving(self) -> tuple[int, ...]:
@@ -158,6 +153,11 @@ class ReusedPages(Selection):
     @cached_property
     def _summaries(self) -> SummarySelection:
         return SummarySelection("minmax", self.pages, self.block, pool=self.block // self.part)
+
+    @cached_property
+    def _width(self) -> int:
+        # Pages of a choice, and one that was begun since.
+        return max(self.pages + 1, self._first_pages + self._last_pages if self._bound else 0)
 
     @property
     def _first_pages(self) -> int:

@@ -68,7 +68,7 @@ class Selection(Listing):
     """
 
     token_ids: bool = False
-    adopts: bool = False
+    adopts: ClassVar[bool] = False
     host: ClassVar[frozenset[str]] = frozenset()
 
     def tensors(self, sizes: Sizes) -> Shapes:
