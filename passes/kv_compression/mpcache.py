@@ -80,7 +80,10 @@ class ClusterSelection(Selection):
     fine: int
     alpha: float
     block: int = FINE
-    adopts: ClassVar[bool] = True
+
+    @property
+    def adopts(self) -> bool:
+        return True
 
     @property
     def covers(self) -> int:  # type: ignore[override]

@@ -86,7 +86,7 @@ class SentenceSelection(Selection):
         return bool(self.ends)
 
     @property
-    def adopts(self) -> bool:  # type: ignore[override]
+    def adopts(self) -> bool:
         return not self.ends
 
     def width(self, state: State) -> int:

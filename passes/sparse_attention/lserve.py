@@ -67,11 +67,14 @@ class ReusedPages(Selection):
     sinks: int
     recent: int
     block: int = 64
-    adopts: ClassVar[bool] = True
     host: ClassVar[frozenset[str]] = frozenset({"made"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "streaming", tuple(self.streaming))  # a list where it was read from a key
+
+    @property
+    def adopts(self) -> bool:
+        return True
 
     @property
     def covers(self) -> int:  # type: ignore[override]

@@ -62,14 +62,17 @@ class Selection(Listing):
     The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
     along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
     token (left padding).
-    token_ids: the tokens' ids are wanted. adopts: keys alone are enough to begin with, so that a cache made elsewhere
-    can be continued (see ``adopt``). host: tensors of the state that lie in host memory, because it is decided by them
-    what runs.
+    token_ids: the tokens' ids are wanted. host: tensors of the state that lie in host memory, because it is decided by
+    them what runs.
     """
 
     token_ids: bool = False
-    adopts: ClassVar[bool] = False
     host: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def adopts(self) -> bool:
+        """Whether keys alone are enough to begin with, so that a cache made elsewhere can be continued."""
+        return False
 
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ class SummarySelection(Selection):
     recent: int = 1
     reduce: Literal["max", "mean", "softmax"] = "max"
     pool: int = 1
-    adopts: ClassVar[bool] = True
+
+    @property
+    def adopts(self) -> bool:
+        return True
 
     @property
     def covers(self) -> int:  # type: ignore[override]
