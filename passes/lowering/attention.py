@@ -25,6 +25,7 @@ from torchaccel.runtime.selection import Selection
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
+from .choosing import ChoosingLowering
 from .gate import Gate, Judgement, retrieving
 from .latents import LatentLowering
 from .layouts import layouts_of
@@ -32,7 +33,7 @@ from .lowered import Lowered, LoweredSite
 from .mixed import MixedLowering
 from .prompt_outputs import ALL, part_of, prompt_outputs
 from .ragged import RaggedLowering
-from .retrieval import Lists, Retrieval
+from .retrieval import Retrieval
 from .rotary import Rotary, find_rotary, pays
 from .shared import SharedLowering, unshared_reason
 from .signature import Signature
@@ -40,8 +41,6 @@ from .site import describe, fake, replace_site, site_shape, size_of, static
 
 # The place of the mass among the results of the operators that have side results.
 MASS = 2
-# The place of the list among the results of the attention that makes one.
-INDEX = 1
 # The places of the mass and of the share that was read, among the results of a sparse prompt.
 SPARSE_MASS, SHARE = 1, 2
 
@@ -74,6 +73,7 @@ class AttentionLowering:
         self.stores: dict[int, int] = {}
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
+        self.choosing = ChoosingLowering(self.graph, self.chooser, self.gate, self.declines)
 
     def run(self) -> Lowered:
         """Rewrite the graph in place and return its new signature."""
@@ -357,14 +357,8 @@ class AttentionLowering:
             choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
             replace_site(self.graph, site, torch.ops.torchaccel.attend_listed.default, of_lists)
-        elif (beyond := self._choosing(site, plan, layouts[0], spec, shape)) is not None:
-            assert plan.selection is not None
-            whole, choice = choice, self.chooser.plan(replace(spec, mass=True), shape)
-            # The newest of the listed tokens is the step's own.
-            to_choose = (*args, plan.selection.listed - 1, beyond, choice.key(), whole.key())
-            target = torch.ops.torchaccel.attend_choosing.default
-            (index,) = replace_site(self.graph, site, target, to_choose, INDEX)
-            self.retrieval.made[site.index] = Lists(index, plan.selection, beyond, pruned=False)
+        elif (made := self.choosing.attend(site, plan, layouts[0], choice, shape, args)) is not None:
+            choice, self.retrieval.made[site.index] = made
         elif mass:
             with_sides = (*args, None, None, choice.key())
             (received,) = replace_site(self.graph, site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
@@ -377,25 +371,6 @@ class AttentionLowering:
         self.signature.appends.append(replace(binding, evicts=evicts, group=spec.group))
         self._note(site, choice, shape, describe(layouts[0]), plan)
         self.sites[-1].rotary = rotary
-
-    def _choosing(
-        self, site: AttentionSite, plan: SitePlan, layout: Layout, spec: AttentionSpec, shape: AttentionShape
-    ) -> int | None:
-        """Stored tokens up to which a step's attention chooses nothing for other sites; None where it never does."""
-        policy = plan.selection
-        if not isinstance(policy, MostAttended) or plan.leader is not None or static(fake(site.q).shape[2]) != 1:
-            return None
-        verdict = self.gate.lists(site, policy, spec, shape.batch, shape.sites)
-        reason = unsupported(replace(spec, mass=True), self.context.device.type)
-        if layout.pruned:
-            self.declines.append(Decline(site.name, Reason.MOVED_TOKENS))
-        elif reason is not None:
-            self.declines.append(Decline(site.name, Reason.KERNEL_UNSUPPORTED, reason))
-        elif verdict is not None and verdict.switch_tokens is None:
-            self.declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
-        else:
-            return self.gate.least(policy, site, spec, shape.batch, shape.sites)
-        return None
 
     def _attend(self, site: AttentionSite, args: tuple[Any, ...], plan: Plan) -> bool:
         """Attention without side results; returns whether its kernels do the rotary embedding, too."""
