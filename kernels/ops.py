@@ -29,6 +29,8 @@ _SCHEMAS = {
     "Tensor? mask, Tensor(c!)? positions, Tensor? index, Tensor? head_windows, str plan) -> (Tensor, Tensor, Tensor)",
     "attend_listed": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor(c!)? positions, Tensor index, int least, str plan, str whole) -> Tensor",
+    "attend_choosing": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
+    "Tensor? mask, Tensor(c!)? positions, int count, int least, str plan, str whole) -> (Tensor, Tensor)",
     "attend_shared": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
     "Tensor? mask, Tensor[] prefixes, str plan, str prefix_plan) -> Tensor",
     "attend_rotary": "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_buf, Tensor(b!) v_buf, Tensor lens, "
@@ -69,6 +71,7 @@ def library() -> torch.library.Library:
         lib.impl("attend", _attend, key)
         lib.impl("attend_with", _attend_with, key)
         lib.impl("attend_listed", _attend_listed, key)
+        lib.impl("attend_choosing", _attend_choosing, key)
         lib.impl("attend_shared", _attend_shared, key)
         lib.impl("attend_rotary", _attend_rotary, key)
         lib.impl("attend_latents", _attend_latents, key)
@@ -100,6 +103,7 @@ def library() -> torch.library.Library:
     ):
         torch.library.register_fake(f"torchaccel::{name}", _like_query, lib=lib)
     torch.library.register_fake("torchaccel::attend_with", _attend_with_fake, lib=lib)
+    torch.library.register_fake("torchaccel::attend_choosing", _attend_choosing_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_sparse", _attend_prompt_sparse_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
@@ -194,6 +198,33 @@ def _attend_listed(
         return _attend(*args, whole)
     out: Tensor = registry.attend(plan)(*args, index)
     return out
+
+
+def _attend_choosing(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    lens: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    count: int,
+    least: int,
+    plan: str,
+    whole: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention to everything, and the ``count`` stored tokens that received most of it, int32 ``[B, H_kv, count]``.
+
+    The new token is no candidate: whoever reads the list reads it anyway. Up to ``least`` stored tokens nothing is
+    chosen, and the plan is ``whole``, which does not tell the mass.
+    """
+    args = (q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+    stored = int(lens[1])
+    if stored + q.shape[2] <= least:
+        return _attend(*args, whole), q.new_empty((q.shape[0], k_new.shape[1], count), dtype=torch.int32)
+    out, mass = registry.attend(plan)(*args)
+    return out, registry.top_tokens(q.device.type)(mass, stored, count)
 
 
 def _attend_shared(
@@ -374,6 +405,11 @@ def _select_prompt_blocks(q: Tensor, k: Tensor, first: Tensor | None, spec: str)
 def _attend_with_fake(q: Tensor, k_new: Tensor, v_new: Tensor, k_buf: Tensor, *rest: Any) -> Results:
     spec = Plan.from_key(rest[-1]).spec
     return _fakes(q, k_new.shape[1], kv_format.capacity(spec.key_format, k_buf), spec)
+
+
+def _attend_choosing_fake(q: Tensor, k_new: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    count = rest[-4]
+    return _like_query(q), q.new_empty((q.shape[0], k_new.shape[1], count), dtype=torch.int32)
 
 
 def _attend_prompt_with_fake(q: Tensor, k: Tensor, *rest: Any) -> Results:

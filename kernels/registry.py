@@ -143,6 +143,13 @@ def line_cover(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return found
 
 
+@lru_cache(maxsize=4)
+def top_tokens(device: str) -> Callable[..., Tensor]:
+    """The implementation of finding the tokens that received most attention (``top_tokens.top_tokens``)."""
+    found: Callable[..., Tensor] = _of_device("top_tokens", device)
+    return found
+
+
 def _of_device(name: str, device: str) -> Any:
     """A function without free choices: in C++ on the CPU, of stock operators elsewhere; its module has its name."""
     if device == "cpu":

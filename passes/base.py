@@ -17,6 +17,7 @@ from torchaccel.calibration.calibrator import Calibrator
 from torchaccel.graph.anatomy import Anatomy, AttentionSite, analyze
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.factors import Factors
+from torchaccel.runtime.listing import Listing
 from torchaccel.runtime.mixing import Mixing
 from torchaccel.runtime.selection import Selection
 
@@ -67,6 +68,7 @@ class Reason(Enum):
     NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
     EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
     NEEDS_PLAIN_TOKENS = "latents, classes of tokens and heads of different lengths are read whole, not by lists"
+    MOVED_TOKENS = "layers that store other tokens than each other cannot read by the same list"
     NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
     NO_IMAGES = "nothing in the graph tells which tokens are images; give their ids as image_tokens"
     SHORT_PROMPT = "the prompt is too short to prune"
@@ -125,12 +127,17 @@ class SitePlan:
     factors: tuple[Factors | None, Factors | None] = (None, None)
     mixing: Mixing | None = None
     eviction: Eviction | None = None
-    selection: Selection | None = None
+    selection: Listing | None = None
     leader: int | None = None
     offload: str | None = None
     keep: Node | None = None
     dropped: bool = False
     selector: PromptSelector | None = None
+
+    @property
+    def remembered(self) -> Selection | None:
+        """The policy of which the site's own keys carry the state."""
+        return self.selection if isinstance(self.selection, Selection) and self.leader is None else None
 
     def reading_all(self) -> SitePlan:
         """This plan without what chooses the tokens that steps read, and without the file they would lie in."""

@@ -80,16 +80,20 @@ class CalibratedOptions(MethodOptions):
 
 
 class CalibratedMethod(Method):
-    """A method with ``CalibratedOptions``; ``apply`` refuses plans of other methods and other models."""
+    """A method with ``CalibratedOptions``; ``apply`` refuses plans of other methods and other models.
+
+    lenders: methods whose plans say the same.
+    """
 
     Options: ClassVar[type[CalibratedOptions]]
+    lenders: ClassVar[tuple[str, ...]] = ()
 
     options: CalibratedOptions
 
     def __init__(self, options: CalibratedOptions):
         """Raises ``CalibrationError`` for the plan of another method."""
         super().__init__(options)
-        if options.plan is not None and options.plan.method != self.name:
+        if options.plan is not None and options.plan.method not in (self.name, *self.lenders):
             raise CalibrationError(
                 f"asked for method {self.name!r} with {options.plan.described}; a plan is for the method it was made "
                 f"for. {command(self)}"

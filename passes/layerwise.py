@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from pydantic import Field
@@ -18,12 +19,15 @@ class LayerwiseOptions(MethodOptions):
 
     def select(self, count: int) -> set[int]:
         """Indices of the layers to treat in a model of ``count``; raises ``IndexError`` for one that does not exist."""
-        if self.layers is None:
-            return set(range(count))
-        for layer in self.layers:
-            if not -count <= layer < count:
-                raise IndexError(f"layer {layer} of {count}")
-        return {layer % count for layer in self.layers}
+        return set(range(count)) if self.layers is None else numbered(self.layers, count)
+
+
+def numbered(layers: Iterable[int], count: int) -> set[int]:
+    """Indices of ``layers``, negative ones counted from the last of ``count``; raises ``IndexError`` for any other."""
+    for layer in layers:
+        if not -count <= layer < count:
+            raise IndexError(f"layer {layer} of {count}")
+    return {layer % count for layer in layers}
 
 
 def refuse_cache(site: AttentionSite, *, sliding: bool) -> Decline | None:

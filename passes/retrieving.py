@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.runtime.selection import Selection
+from torchaccel.runtime.listing import Listing
 
 from .base import Decline, Fidelity, SitePlan
 from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
@@ -46,6 +46,6 @@ class RetrievingMethod(LayerwiseMethod):
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
         plan.selection, plan.offload = self.policy(site), self.options.offload
 
-    def policy(self, site: AttentionSite) -> Selection:
-        """The policy of a site."""
+    def policy(self, site: AttentionSite) -> Listing:
+        """What the lists of a site are."""
         raise NotImplementedError

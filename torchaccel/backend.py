@@ -231,7 +231,7 @@ def _device(inputs: list[Any]) -> torch.device:
 
 
 # What was asked for and is not done, for reasons that only lowering knows.
-SPOKEN = (Reason.SLOWER, Reason.PLAIN_CACHE, Reason.EVICTING_STEPS)
+SPOKEN = (Reason.SLOWER, Reason.PLAIN_CACHE, Reason.EVICTING_STEPS, Reason.MOVED_TOKENS)
 
 
 def _speak_of(declines: list[Decline], strict: bool) -> None:

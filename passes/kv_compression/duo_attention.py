@@ -39,6 +39,6 @@ class DuoAttention(GatedHeadsMethod):
     Options = DuoAttentionOptions
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
-        bound = self.bound(site)
+        bound = self.options.streaming(site)
         if any(bound):
             plan.eviction = DuoAttentionPolicy(HeadWindows(bound, self.options.sinks, self.options.recent))

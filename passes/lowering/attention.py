@@ -20,10 +20,13 @@ from torchaccel.runtime.bindings import AppendBinding, StoreBinding
 from torchaccel.runtime.eviction import Eviction
 from torchaccel.runtime.kv import LogicalKV
 from torchaccel.runtime.layout import Layout
+from torchaccel.runtime.listing import MostAttended
 from torchaccel.runtime.recycling import RecycledSelection
+from torchaccel.runtime.selection import Selection
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
 from .choice import Chooser
+from .choosing import ChoosingLowering
 from .gate import Gate, Judgement, retrieving
 from .latents import LatentLowering
 from .layouts import layouts_of
@@ -72,6 +75,7 @@ class AttentionLowering:
         self.stores: dict[int, int] = {}
         self.sites: list[LoweredSite] = []
         self.declines: list[Decline] = []
+        self.choosing = ChoosingLowering(self.graph, self.chooser, self.gate, self.declines)
 
     def run(self) -> Lowered:
         """Rewrite the graph in place and return its new signature."""
@@ -106,6 +110,9 @@ class AttentionLowering:
         if plan.selection is not None and (latent or ragged or plan.mixing is not None):
             self.declines.append(Decline(site.name, Reason.NEEDS_PLAIN_TOKENS))
             plan = replace(plan.reading_all(), leader=None)
+        if isinstance(plan.selection, MostAttended) and (plan.eviction is not None or plan.keep is not None):
+            self.declines.append(Decline(site.name, Reason.MOVED_TOKENS))
+            plan = replace(plan.reading_all(), leader=None)
         lists = plan.selection is not None or plan.leader is not None or plan.selector is not None
         if plan.bound is not None and (latent or lists or plan.mixing is not None):
             self.declines.append(Decline(site.name, Reason.BOUND_HEADS))
@@ -117,6 +124,10 @@ class AttentionLowering:
 
     def _judge(self, site: AttentionSite, plan: SitePlan) -> Judgement:
         past = site.key_cache.past
+        if past is not None and isinstance(plan.selection, MostAttended):
+            # Nothing is stored for it: it is judged when the step's kernels are chosen.
+            judged = self._judge(site, replace(plan, selection=None))
+            return replace(judged, plan=replace(judged.plan, selection=plan.selection))
         if past is not None and isinstance(fake(past), LogicalKV):
             plan = replace(plan.reading_all(), formats=None)  # they were judged when the cache was made
         if plan.selection is not None and plan.eviction is not None and not plan.eviction.grows:
@@ -241,7 +252,7 @@ class AttentionLowering:
         elif plan.dropped:
             tokens = self.signature.token_count(self.context.anatomy.query_length)
         prompt = None
-        policy = plan.mixing or plan.eviction or (Eviction() if plan.selection is not None else None)
+        policy = plan.mixing or plan.eviction or (Eviction() if plan.remembered is not None else None)
         if policy is not None and not plan.dropped:
             if plan.eviction is not None and plan.eviction.ragged and plan.formats is not None:
                 self.declines.append(Decline(site.name, Reason.RAGGED_CODES))
@@ -279,7 +290,7 @@ class AttentionLowering:
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
             latent = plan.factors != (None, None)
-            needy = plan.selection is not None and not plan.selection.adopts
+            needy = isinstance(plan.selection, Selection) and not plan.selection.adopts
             if plan.eviction is not None or plan.mixing is not None or needy or latent:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
             plan = plan.reading_all() if needy else plan
@@ -359,6 +370,8 @@ class AttentionLowering:
             choice = self.chooser.plan(retrieving(spec, lists.policy), shape)
             of_lists = (*args, lists.index, lists.least, choice.key(), whole.key())
             replace_site(self.graph, site, torch.ops.torchaccel.attend_listed.default, of_lists)
+        elif (made := self.choosing.attend(site, plan, layouts[0], choice, shape, args)) is not None:
+            choice, self.retrieval.made[site.index] = made
         elif mass or spec.head_windows:
             with_sides = (*args, None, self._bound(site, spec, plan), choice.key())
             (received,) = replace_site(self.graph, site, torch.ops.torchaccel.attend_with.default, with_sides, MASS)
@@ -427,4 +440,4 @@ def _latent(keys: Layout, values: Layout) -> bool:
 
 
 def _wants_ids(plan: SitePlan) -> bool:
-    return any(policy is not None and policy.token_ids for policy in (plan.eviction, plan.selection))
+    return any(policy is not None and policy.token_ids for policy in (plan.eviction, plan.remembered))

@@ -10,7 +10,7 @@ from torchaccel.kernels.spec import AttentionSpec, KVFormat, dtype_name
 from torchaccel.cost.choose import Verdict
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
-from torchaccel.runtime.selection import Selection
+from torchaccel.runtime.listing import Listing
 
 from ..base import Decline, Reason, SitePlan
 from .choice import Chooser
@@ -45,7 +45,7 @@ class Gate:
         if plan.selection is not None:
             # As a layout: by the decode steps that it is for.
             exact = self._spec(site, replace(plan, window=None, sinks=0), "decode")
-            verdict = self._lists(site, plan.selection, exact, batch, sites)
+            verdict = self.lists(site, plan.selection, exact, batch, sites)
             if verdict is not None:
                 notes.append(verdict.text)
             if verdict is not None and verdict.switch_tokens is None:
@@ -84,17 +84,18 @@ class Gate:
                     plan = replace(plan, selector=None)
         return Judgement(plan, tuple(declines), "; ".join(notes), least)
 
-    def least(self, policy: Selection, site: AttentionSite, exact: AttentionSpec, batch: int, sites: int) -> int:
+    def least(self, policy: Listing, site: AttentionSite, exact: AttentionSpec, batch: int, sites: int) -> int:
         """Stored tokens up to which attention to everything, ``exact``, is as good as to what ``policy`` lists."""
-        verdict = self._lists(site, policy, exact, batch, sites) if self.enabled else None
+        verdict = self.lists(site, policy, exact, batch, sites)
         # A cache that was made for lists has paid for them: where none would pay any more, those of the longest do.
         return policy.covers if verdict is None else max(policy.covers, (verdict.switch_tokens or 1) - 1)
 
-    def _lists(
-        self, site: AttentionSite, policy: Selection, exact: AttentionSpec, batch: int, sites: int
+    def lists(
+        self, site: AttentionSite, policy: Listing, exact: AttentionSpec, batch: int, sites: int
     ) -> Verdict | None:
+        """Whether attention to what ``policy`` lists pays, against ``exact``; None where nothing is judged."""
         shape = AttentionShape(batch, site.kv_heads, 1, TOKENS, policy.share, sites, policy.listed)
-        return self.chooser.verdict(retrieving(exact, policy), exact, shape)
+        return self.chooser.verdict(retrieving(exact, policy), exact, shape) if self.enabled else None
 
     def _spec(self, site: AttentionSite, plan: SitePlan, phase: str) -> AttentionSpec:
         dense = KVFormat("dense", dtype_name(site.dtype), site.head_dim)
@@ -102,7 +103,7 @@ class Gate:
         return self.make_spec(site, plan, phase, keys, values)
 
 
-def retrieving(spec: AttentionSpec, policy: Selection) -> AttentionSpec:
+def retrieving(spec: AttentionSpec, policy: Listing) -> AttentionSpec:
     """The attention ``spec`` over what ``policy`` lists."""
     return replace(spec, index=policy.unit, index_block=policy.block)
 

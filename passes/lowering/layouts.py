@@ -24,7 +24,7 @@ def layouts_of(site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
     of_keys, of_values = (
         factors if fmt.kind == "latent" else None for fmt, factors in zip((keys, values), plan.factors, strict=True)
     )
-    selection = plan.selection if plan.leader is None and not plan.dropped else None
+    selection = None if plan.dropped else plan.remembered
     both: dict[str, Any] = {"pruned": pruned, "eviction": plan.eviction, "mixing": mixing, "offload": plan.offload}
     return (
         Layout(keys, positions=pruned, selection=selection, factors=of_keys, **both),

@@ -12,6 +12,7 @@ from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime import selection
 from torchaccel.runtime.kv import LogicalKV
 from torchaccel.runtime.layout import Layout
+from torchaccel.runtime.listing import Listing
 from torchaccel.runtime.selection import Selection
 from torchaccel.runtime.storage import sizes
 
@@ -20,11 +21,15 @@ from .signature import Signature
 
 @dataclass(frozen=True)
 class Lists:
-    """What a site reads: node int32 ``[B, H_kv, width]``, made by ``policy`` beyond ``least`` stored tokens."""
+    """What a site reads: node int32 ``[B, H_kv, width]``, made by ``policy`` beyond ``least`` stored tokens.
+
+    pruned: whether the site that they were made for stores some tokens only.
+    """
 
     index: Node
-    policy: Selection
+    policy: Listing
     least: int
+    pruned: bool
 
 
 class Retrieval:
@@ -50,7 +55,8 @@ class Retrieval:
         """
         policy = layout.selection
         if policy is None:
-            return None if leader is None else self.made.get(leader)
+            found = None if leader is None else self.made.get(leader)
+            return found if found is not None and found.pruned == layout.pruned else None
         state, made = self.state(site, layout), least(policy)
         arguments = (
             site.q,
@@ -64,7 +70,7 @@ class Retrieval:
         )
         with self.graph.inserting_before(site.node):
             index = self.graph.call_function(selection.operator(), arguments)
-        self.made[site.index] = Lists(index, policy, made)
+        self.made[site.index] = Lists(index, policy, made, layout.pruned)
         return self.made[site.index]
 
     def state(self, site: AttentionSite, layout: Layout) -> list[Node]:

@@ -6,11 +6,13 @@ from .duo_attention import DuoAttentionReading
 from .flex_prefill import FlexPrefill
 from .longgen import LongGen
 from .loopserve import LoopServePrompt
+from .lserve import LServe
 from .minference import MInference
 from .quest import Quest
 from .recycled_attention import RecycledAttention
 from .sliding_window import SlidingWindow
 from .streaming_llm import StreamingLLM
+from .tidal_decode import TidalDecode
 from .video_xl import VideoXLPrompt
 from .xattention import XAttention
 
@@ -27,5 +29,7 @@ METHODS = (
     VideoXLPrompt,
     Quest,
     DoubleSparsity,
+    TidalDecode,
     RecycledAttention,
+    LServe,
 )

@@ -22,7 +22,7 @@ class DuoAttentionReading(GatedHeadsMethod):
     Options = DuoAttentionReadingOptions
 
     def treat(self, plan: SitePlan, site: AttentionSite) -> None:
-        bound = self.bound(site)
+        bound = self.options.streaming(site)
         if any(bound):
             plan.window, plan.sinks = self.options.recent, self.options.sinks
             plan.bound = None if all(bound) else bound

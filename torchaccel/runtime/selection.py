@@ -1,4 +1,4 @@
-"""What a policy that retrieves is told, and what it decides: which of the stored tokens a decode step reads."""
+"""What policies that retrieve are told, and what they decide: which of the stored tokens a decode step reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torchaccel.kernels import ops
 from torchaccel.kernels.reference import first_column
 
 from .eviction import Prompt, State
+from .listing import Listing
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -53,25 +54,18 @@ class Call:
         return self.lens + torch.tensor([0, n, n])
 
 
-class Selection:
-    """Which tokens of a layer's cache a step reads; all of them stay. Subclasses are frozen dataclasses of numbers.
+class Selection(Listing):
+    """Which tokens of a layer's cache a step reads; all of them stay.
 
     They guard compiled graphs and stand in them by ``key()``. A graph calls a policy through one operator, which runs
     ``append`` for all new tokens and ``choose`` for a single one; several new tokens attend to everything.
     The state is a set of tensors that the storage of the keys carries, rows first; what grows with the cache grows
     along the third dimension. Of it every policy has ``first``, int64 ``[B]``: the slots of a row before its first real
     token (left padding).
-    unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
-    which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
-    of the stored bytes that is read besides; the cost model goes by their sum. token_ids: the tokens' ids are wanted.
-    host: tensors of the state that lie in host memory, because it is decided by them what runs.
+    token_ids: the tokens' ids are wanted. host: tensors of the state that lie in host memory, because it is decided by
+    them what runs.
     """
 
-    unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
-    block: int = 64
-    covers: int = 0
-    listed: int = 0
-    share: float = 0.0
     token_ids: bool = False
     host: ClassVar[frozenset[str]] = frozenset()
 

@@ -23,6 +23,7 @@ class SummarySelection(Selection):
     """The ``entries`` best blocks of ``block`` slots by a summary of their keys; see ``SelectionSpec`` for the rest.
 
     The first ``sinks`` and the last ``recent`` blocks are among them. reduce: how the query heads of a KV head agree.
+    pool: summaries of a block, of as many slots each; the best of them stands for it.
     """
 
     kind: Literal["minmax", "mean"]
@@ -31,6 +32,7 @@ class SummarySelection(Selection):
     sinks: int = 0
     recent: int = 1
     reduce: Literal["max", "mean", "softmax"] = "max"
+    pool: int = 1
 
     @property
     def adopts(self) -> bool:
@@ -47,13 +49,16 @@ class SummarySelection(Selection):
     @property
     def share(self) -> float:  # type: ignore[override]
         # A summary has one or two rows for the keys and values of a block.
-        return (1.0 if self.kind == "minmax" else 0.5) / self.block
+        return (1.0 if self.kind == "minmax" else 0.5) * self.pool / self.block
 
     def width(self, state: State) -> int:
         return self.entries
 
     def tensors(self, sizes: Sizes) -> Shapes:
-        rows, spec = summary_rows(sizes.capacity, self.block), self._summary(sizes.head_dim, dtype_name(sizes.dtype))
+        rows, spec = (
+            summary_rows(sizes.capacity, self.block // self.pool),
+            self._summary(sizes.head_dim, dtype_name(sizes.dtype)),
+        )
         sums = sizes.head_dim if self.kind == "mean" else 0
         return {
             "summary": ((sizes.batch, sizes.heads, rows, *spec.row), sizes.dtype),
@@ -79,7 +84,7 @@ class SummarySelection(Selection):
         run(keys, state["summary"], state["sums"], lens, state["first"])
 
     def _summary(self, head_dim: int, dtype: str) -> SummarySpec:
-        return SummarySpec(self.kind, head_dim, dtype, dtype, self.block)
+        return SummarySpec(self.kind, head_dim, dtype, dtype, self.block // self.pool)
 
 
 def summary_rows(capacity: int, block: int) -> int:
@@ -96,6 +101,6 @@ def _summarise(policy: SummarySelection, head_dim: int, dtype: str, device: str)
 def _select(policy: SummarySelection, head_dim: int, dtype: str, group: int, device: str) -> Callable[..., Tensor]:
     summary = policy._summary(head_dim, dtype)
     spec = SelectionSpec(
-        summary, group, dtype, policy.entries, policy.reduce, head_dim**-0.5, 1, policy.sinks, policy.recent
+        summary, group, dtype, policy.entries, policy.reduce, head_dim**-0.5, policy.pool, policy.sinks, policy.recent
     )
     return registry.select(spec, device).run
