@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..row_reference import pooled
 from ..selection_spec import PromptSelectionSpec
 from ..spec import AttentionSpec
 from .base import PromptSelector
 from .estimated import expected_share
-from .lines import line_scores, live_tokens, marked, pooled
+from .lines import live_tokens, marked
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class AdaptiveLines(PromptSelector):
         if first is not None:
             rows = torch.minimum(rows, tokens - first)
         # Every live row's weights add up to 1.
-        scores = [x / rows[:, None, None] for x in line_scores(spec, q, k, self.block, first)]
+        found = registry.line_scores(spec, q.device.type).run(q, k, self.block, first)
+        scores = [x / rows[:, None, None] for x in found]
         budgets = [self._budget(x, blocks) for x in scores]
         columns, diagonals = (pooled(x, self.block) for x in scores)
         pairs = None

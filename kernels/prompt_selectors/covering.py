@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..row_reference import last_rows
 from ..spec import AttentionSpec
 from .base import PromptSelector
 from .estimated import expected_share
-from .lines import last_rows, pooled, row_weights
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class CoveringLines(PromptSelector):
 
     def select(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
         rows = self.rows(q.shape[2], q.shape[0], q.device, first)
-        weights = torch.cat(row_weights(spec, q, k, rows, first, lambda x: pooled(x, self.block)), 1)
         device = q.device.type
+        weights = registry.block_weights(spec, device).run(q, k, rows, first, self.block)
         columns, diagonals = registry.line_cover(device)(weights, rows // self.block, self.alpha)
         lists: Tensor = registry.block_lists(device)(columns, diagonals, None, first, self.block)
         return lists
