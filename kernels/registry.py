@@ -142,6 +142,12 @@ def block_weights(spec: AttentionSpec, device: str) -> Choice:
     return _rows("block_weights", spec, device)
 
 
+@lru_cache(maxsize=1024)
+def set_weights(spec: AttentionSpec, device: str) -> Choice:
+    """The implementation of summing some rows' attention over sets of them (``row_reference.set_weights``)."""
+    return _rows("set_weights", spec, device)
+
+
 def _rows(name: str, spec: AttentionSpec, device: str) -> Choice:
     if device == "cpu":
         return _generated("row_attention", name, spec, device, partial(getattr(row_reference, name), spec))

@@ -22,14 +22,25 @@ def line_scores(spec: AttentionSpec, q: Tensor, k: Tensor, count: int, first: Te
     return torch.cat(columns, 1), torch.cat(diagonals, 1)
 
 
-def block_weights(
-    spec: AttentionSpec, q: Tensor, k: Tensor, rows: Tensor, first: Tensor | None, block: int
-) -> Tensor:
+def block_weights(spec: AttentionSpec, q: Tensor, k: Tensor, rows: Tensor, first: Tensor | None, block: int) -> Tensor:
     """What ``rows`` give every block of ``block`` keys: float32 ``[B, H, R, ceil(S / block)]``.
 
     rows: int64 ``[B, R]``, positions. Other arguments as of ``line_scores``.
     """
     return torch.cat([pooled(weights, block) for weights in _weights(spec, q, k, rows, first)], 1)
+
+
+def set_weights(spec: AttentionSpec, q: Tensor, k: Tensor, rows: Tensor, ends: Tensor, first: Tensor | None) -> Tensor:
+    """What the rows of every set give every key together: float32 ``[B, H, M, N]``.
+
+    k: ``[B, H_kv, N, D]``, of which a row sees those from ``first`` to before its end. rows: int64 ``[B, M, R]``,
+    positions in q. ends: the same, 0 for a row that counts for nothing.
+    """
+    found = [
+        torch.cat([weights.sum(2) for weights in _weights(spec, q, k, of_set, first, end)], 1)
+        for of_set, end in zip(rows.unbind(1), ends.unbind(1), strict=True)
+    ]
+    return torch.stack(found, 2)
 
 
 def last_rows(tokens: int, count: int, batch: int, device: torch.device) -> Tensor:
@@ -42,13 +53,16 @@ def pooled(x: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
-def _weights(spec: AttentionSpec, q: Tensor, k: Tensor, rows: Tensor, first: Tensor | None) -> Iterator[Tensor]:
+def _weights(
+    spec: AttentionSpec, q: Tensor, k: Tensor, rows: Tensor, first: Tensor | None, ends: Tensor | None = None
+) -> Iterator[Tensor]:
     """Attention weights ``[B, G, R, S]`` of one KV head after another: their memory is that of one."""
-    batch, heads, tokens, dim = q.shape
-    columns = torch.arange(tokens, device=q.device)
+    batch, heads, _, dim = q.shape
+    columns = torch.arange(k.shape[2], device=q.device)
+    ends = rows + 1 if ends is None else ends
     begin = rows.new_zeros(batch) if first is None else first
-    hidden = ((columns > rows[:, :, None]) | (columns < begin[:, None, None]))[:, None]
-    dead = (rows < begin[:, None])[:, None, :, None]
+    hidden = ((columns >= ends[:, :, None]) | (columns < begin[:, None, None]))[:, None]
+    dead = (ends <= begin[:, None])[:, None, :, None]
     place = rows[:, None, :, None].expand(-1, heads, -1, dim)
     asking = q.gather(2, place).float()
     for head in range(k.shape[1]):

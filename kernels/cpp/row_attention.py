@@ -16,8 +16,8 @@ from .formats import C_TYPES, MAX_HEAD_DIM
 FIELDS = (
     "q, q_b, q_h, q_t",
     "k, k_b, k_h, k_t",
-    "rows, first, columns, diagonals, blocks",
-    "B, HKV, R, S, block",
+    "rows, ends, first, columns, diagonals, blocks",
+    "B, HKV, M, R, S, block",
 )
 
 
@@ -53,7 +53,7 @@ def line_scores(spec: AttentionSpec) -> Callable[..., tuple[Tensor, Tensor]]:
         batch, heads, tokens, _ = q.shape
         rows = last_rows(tokens, count, batch, q.device)
         columns, diagonals = (torch.empty((batch, heads, tokens)) for _ in range(2))
-        _run(kernel, spec, q, k, rows, first, columns.data_ptr(), diagonals.data_ptr(), 0, 1)
+        _run(kernel, spec, q, k, rows[:, None], None, first, columns.data_ptr(), diagonals.data_ptr(), 0, 1)
         return columns, diagonals
 
     return call
@@ -67,23 +67,44 @@ def block_weights(spec: AttentionSpec) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, rows: Tensor, first: Tensor | None, block: int) -> Tensor:
         batch, heads, tokens, _ = q.shape
         out = torch.empty((batch, heads, rows.shape[1], -(-tokens // block)))
-        _run(kernel, spec, q, k, rows, first, 0, 0, out.data_ptr(), block)
+        _run(kernel, spec, q, k, rows[:, None], None, first, 0, 0, out.data_ptr(), block)
+        return out
+
+    return call
+
+
+@lru_cache(maxsize=1024)
+def set_weights(spec: AttentionSpec) -> Callable[..., Tensor]:
+    """``row_reference.set_weights`` without its first argument, compiled; q and k of any strides."""
+    kernel = compile_source(source(spec))
+
+    def call(q: Tensor, k: Tensor, rows: Tensor, ends: Tensor, first: Tensor | None) -> Tensor:
+        out = torch.empty((*q.shape[:2], rows.shape[1], k.shape[2]))
+        _run(kernel, spec, q, k, rows, ends, first, out.data_ptr(), 0, 0, 1)
         return out
 
     return call
 
 
 def _run(
-    kernel: Entry, spec: AttentionSpec, q: Tensor, k: Tensor, rows: Tensor, first: Tensor | None, *results: int
+    kernel: Entry,
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    ends: Tensor | None,
+    first: Tensor | None,
+    *results: int,
 ) -> None:
     """Call the kernel; results: addresses of columns, diagonals and blocks, or 0, and the tokens of a block."""
     dtype = DTYPES[spec.dtype]
     q, k = (t if t.dtype == dtype else t.to(dtype) for t in (q, k))
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
-    rows = rows.contiguous()
+    rows, ends = rows.contiguous(), None if ends is None else ends.contiguous()
     first = None if first is None else first.to(torch.int64).contiguous()
     *outputs, block = results
     kernel(
         q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], rows.data_ptr(),
-        0 if first is None else first.data_ptr(), *outputs, k.shape[0], k.shape[1], rows.shape[1], k.shape[2], block,
+        *(0 if x is None else x.data_ptr() for x in (ends, first)), *outputs,
+        k.shape[0], k.shape[1], rows.shape[1], rows.shape[2], k.shape[2], block,
     )  # fmt: skip

@@ -11,9 +11,10 @@ from .base import PromptSelector
 from .covering import CoveringLines
 from .estimated import EstimatedBlocks
 from .patterns import HeadPatterns
+from .semantic import SemanticBlocks
 
 KINDS: dict[str, type[PromptSelector]] = {
-    kind.__name__: kind for kind in (EstimatedBlocks, HeadPatterns, AdaptiveLines, CoveringLines)
+    kind.__name__: kind for kind in (EstimatedBlocks, HeadPatterns, AdaptiveLines, CoveringLines, SemanticBlocks)
 }
 
 

