@@ -16,9 +16,9 @@ from . import (
     gather_reference,
     kv_format,
     reference,
-    row_reference,
     rotary,
     rotation,
+    row_reference,
     selection_reference,
     sparse_reference,
 )

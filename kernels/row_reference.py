@@ -13,9 +13,9 @@ from .spec import AttentionSpec
 def line_scores(spec: AttentionSpec, q: Tensor, k: Tensor, count: int, first: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the last ``count`` rows give every column, and every diagonal by its offset: float32 ``[B, H, S]`` each.
 
-    q: ``[B, H, S, D]``. k: ``[B, H_kv, S, D]``. first: int64 ``[B]``, first live token of every row of the batch, or
-    None for zeros; rows before it give nothing. The diagonal of offset o holds the pairs of a query and the key o tokens
-    before it. Of spec, head_dim, group, dtype, scale and softcap matter.
+    q: ``[B, H, S, D]``. k: ``[B, H_kv, S, D]``. first: int64 ``[B]``, first live token of every batch row, or
+    None for zeros; rows before it give nothing. The diagonal of offset o holds the pairs of a query and the key o
+    tokens before it. Of spec, head_dim, group, dtype, scale and softcap matter.
     """
     rows = last_rows(q.shape[2], count, q.shape[0], q.device)
     columns, diagonals = zip(*(_lines(weights) for weights in _weights(spec, q, k, rows, first)), strict=True)

@@ -11,8 +11,7 @@ from .. import registry
 from ..row_reference import pooled
 from ..selection_spec import PromptSelectionSpec
 from ..spec import AttentionSpec
-from .base import PromptSelector
-from .estimated import expected_share
+from .base import EXPECTED, PromptSelector, expected_share
 from .lines import live_tokens, marked
 
 
@@ -22,7 +21,8 @@ class AdaptiveLines(PromptSelector):
 
     A head whose mean query and mean keys predict these queries' attention (square root of the Jensen-Shannon
     divergence below ``tau``) is query-aware: the best pairs of blocks by their means, over the whole prompt, and the
-    least lines. least, most: tokens' worth of either kind of lines; most 0 is no limit. FlexPrefill (arXiv:2502.20766).
+    least lines. least, most: tokens' worth of either kind of lines; most 0 is no limit. expected: the share of the
+    causal pairs that the lists are thought to hold. FlexPrefill (arXiv:2502.20766).
     Unlike in its code, diagonals are pooled from the nearest one on, whatever the length, and blocks of any size count
     by their own size.
     """
@@ -31,6 +31,7 @@ class AdaptiveLines(PromptSelector):
     tau: float = 0.1
     least: int = 1024
     most: int = 0
+    expected: float = EXPECTED
 
     def select(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
         batch, _, tokens, _ = q.shape
@@ -89,13 +90,15 @@ class AdaptiveLines(PromptSelector):
         last, its = q[:, :, -self.block :].float(), live[:, -self.block :]
         asking = last.masked_fill(~its[:, None, :, None], 0).sum(2) / its.sum(1)[:, None, None]
         scores = (asking[:, :, None] @ mean)[:, :, 0] * spec.scale
+        if spec.softcap is not None:
+            scores = torch.tanh(scores / spec.softcap) * spec.softcap
         predicted = scores.masked_fill(count[:, 0] == 0, -torch.inf).softmax(-1)
         return distance(predicted, seen)
 
     def _pairs(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
         """The best pairs of blocks by their means, as many as hold gamma of all rows: bool ``[B, H, N, N]``."""
         means = PromptSelectionSpec(
-            "mean", spec.head_dim, spec.group, spec.dtype, spec.scale, 0, self.block, self.block
+            "mean", spec.head_dim, spec.group, spec.dtype, spec.scale, 0, self.block, self.block, softcap=spec.softcap
         )
         scores = registry.prompt_scores(means, q.device.type).run(q, k, first) * spec.scale
         weights = scores.softmax(-1).nan_to_num(0)  # rows of padding are minus infinity throughout
@@ -105,7 +108,7 @@ class AdaptiveLines(PromptSelector):
     def share(self, tokens: int) -> float:
         if tokens <= max(2 * self.block, self.least):
             return 1.0
-        return expected_share(tokens, self.gamma, 0)
+        return expected_share(tokens, self.gamma, 0, self.expected)
 
     def effort(self, tokens: int) -> float:
         # 0.17 without and 0.3 with the test of heads at 16,384 tokens, 12 and 4 heads of 64 in bfloat16, two threads of
