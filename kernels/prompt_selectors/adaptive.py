@@ -111,9 +111,9 @@ class AdaptiveLines(PromptSelector):
         return expected_share(tokens, self.gamma, 0, self.expected)
 
     def effort(self, tokens: int) -> float:
-        # 0.17 without and 0.3 with the test of heads at 16,384 tokens, 12 and 4 heads of 64 in bfloat16, two threads of
-        # one EPYC core, other work beside it.
-        return min(1.0, (38 if self.tau > 0 else 22) * self.block / max(tokens, 1))
+        # 0.033 without and 0.040 with the test of heads at 16,384 tokens, 12 and 4 heads of 64 in bfloat16: CPU time of
+        # one thread of an EPYC core, other work beside it.
+        return min(1.0, (5.2 if self.tau > 0 else 4.2) * self.block / max(tokens, 1))
 
 
 def covering(scores: Tensor, part: float) -> Tensor:

@@ -95,5 +95,6 @@ class HeadPatterns(PromptSelector):
         return max(many, SINKS) + max(near, NEAREST) if kind == "vertical_and_slash" else many + near
 
     def effort(self, tokens: int) -> float:
-        # 0.083 at 16,384 tokens, 12 and 4 heads of 64 in bfloat16, two threads of one EPYC core, other work beside it.
-        return min(1.0, 21 * ROWS / max(tokens, 1))
+        # 0.012 at 16,384 tokens, 12 and 4 heads of 64 in bfloat16: CPU time of one thread of an EPYC core, other work
+        # beside it.
+        return min(1.0, 3.1 * ROWS / max(tokens, 1))
