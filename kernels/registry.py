@@ -18,6 +18,7 @@ from . import (
     reference,
     rotary,
     rotation,
+    row_reference,
     selection_reference,
     sparse_reference,
 )
@@ -127,6 +128,30 @@ def prompt_scores(spec: PromptSelectionSpec, device: str) -> Choice:
     """The implementation of the scores that ``select_prompt`` chooses by."""
     stock = partial(selection_reference.prompt_scores, spec)
     return _generated("prompt_selection", "prompt_scores", spec, device, stock)
+
+
+@lru_cache(maxsize=1024)
+def line_scores(spec: AttentionSpec, device: str) -> Choice:
+    """The implementation of summing some rows' attention over lines (``row_reference.line_scores``)."""
+    return _rows("line_scores", spec, device)
+
+
+@lru_cache(maxsize=1024)
+def block_weights(spec: AttentionSpec, device: str) -> Choice:
+    """The implementation of summing some rows' attention over blocks (``row_reference.block_weights``)."""
+    return _rows("block_weights", spec, device)
+
+
+@lru_cache(maxsize=1024)
+def set_weights(spec: AttentionSpec, device: str) -> Choice:
+    """The implementation of summing some rows' attention over sets of them (``row_reference.set_weights``)."""
+    return _rows("set_weights", spec, device)
+
+
+def _rows(name: str, spec: AttentionSpec, device: str) -> Choice:
+    if device == "cpu":
+        return _generated("row_attention", name, spec, device, partial(getattr(row_reference, name), spec))
+    return Choice("reference", partial(getattr(row_reference, name), spec))
 
 
 @lru_cache(maxsize=4)

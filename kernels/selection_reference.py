@@ -184,9 +184,14 @@ def prompt_scores(spec: PromptSelectionSpec, q: Tensor, k: Tensor, first: Tensor
     seen = seen[:, None]
     if spec.estimate == "mean":
         qs, ks = (x.sum(3) / count.clamp(min=1)[:, None, :, None] for x in parts)
-        got = torch.einsum("bhqd,bhkd->bhqk", qs, ks).masked_fill(~seen, -torch.inf)
+        got = torch.einsum("bhqd,bhkd->bhqk", qs, ks)
+        if spec.softcap is not None:
+            got = torch.tanh(got * (spec.scale / spec.softcap)) * (spec.softcap / spec.scale)
+        got = got.masked_fill(~seen, -torch.inf)
         return got.masked_fill(got.isnan(), torch.inf)
     d = torch.einsum("bhqjd,bhkjd->bhqk", parts[0].flip(3), parts[1]) * (spec.scale / size)
+    if spec.softcap is not None:
+        d = torch.tanh(d / spec.softcap) * spec.softcap
     p = torch.softmax(d.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
     each = spec.block // size
     got = p.unflatten(3, (-1, each)).sum(4).unflatten(2, (-1, each)).sum(3)

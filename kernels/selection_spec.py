@@ -112,7 +112,8 @@ class PromptSelectionSpec:
     are multiplied, summed, and a causal softmax over a row of tiles (at ``scale / stride``) gives probabilities, which
     are summed per block: a vertical or a slanted line crosses every antidiagonal (XAttention, arXiv:2503.16428).
     "mean": the mean query of a block times the mean key of another (FlexPrefill, arXiv:2502.20766; MInference).
-    Means and sums run over live tokens only.
+    Means and sums run over live tokens only. softcap: what estimates at scale are bent to, as scores are by
+    ``softcap * tanh(x / softcap)``; None for as they are.
     sinks, recent, mass, width: as in ``SelectionSpec``; the last live block is the diagonal one. Queries wholly in the
     padding choose nothing. dtype: of queries and keys.
     """
@@ -128,6 +129,7 @@ class PromptSelectionSpec:
     sinks: int = 1
     recent: int = 1
     mass: float = 1.0
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice(self.width or 1 + self.sinks + self.recent, self.sinks, self.recent, self.mass)

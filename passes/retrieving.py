@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.listing import Listing
 
-from .base import Decline, Fidelity, SitePlan
+from .base import Decline, Fidelity, Phase, SitePlan
 from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
 
@@ -39,6 +39,12 @@ class RetrievingMethod(LayerwiseMethod):
     phases = frozenset({"prefill", "extend", "decode"})
 
     options: RetrievingOptions
+
+    def keep_to(self, phase: str, graphs: frozenset[Phase]) -> None:
+        if phase == "decode":
+            self.phase = phase  # prompts are treated as well: what they store carries the state that steps choose by
+        else:
+            super().keep_to(phase, graphs)
 
     def refuse(self, site: AttentionSite) -> Decline | None:
         return refuse_cache(site, sliding=False)

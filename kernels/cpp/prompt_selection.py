@@ -44,6 +44,7 @@ def source(spec: PromptSelectionSpec) -> str:
         group=spec.group,
         block=spec.block,
         stride=spec.stride,
+        softcap=spec.softcap,
         **choice(spec.width, spec.sinks, spec.recent, spec.scale, spec.mass, spec.probabilities),
     )
 

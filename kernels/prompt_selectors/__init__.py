@@ -11,11 +11,20 @@ from .base import PromptSelector
 from .covering import CoveringLines
 from .estimated import EstimatedBlocks
 from .patterns import HeadPatterns
+from .semantic import SemanticBlocks
 from .static import ChunkedBlocks, StridedBlocks
 
 KINDS: dict[str, type[PromptSelector]] = {
     kind.__name__: kind
-    for kind in (EstimatedBlocks, HeadPatterns, AdaptiveLines, CoveringLines, StridedBlocks, ChunkedBlocks)
+    for kind in (
+        EstimatedBlocks,
+        HeadPatterns,
+        AdaptiveLines,
+        CoveringLines,
+        StridedBlocks,
+        ChunkedBlocks,
+        SemanticBlocks,
+    )
 }
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..spec import AttentionSpec
 
+# Of the causal pairs, where nobody says more: on the side of dense attention.
+EXPECTED = 1 / 3
+
 
 @dataclass(frozen=True)
 class PromptSelector:
@@ -48,3 +51,11 @@ def banded_share(tokens: int, seen: int) -> float:
     """The part of the causal pairs of ``tokens`` queries that each read at most ``seen`` keys."""
     seen = min(seen, tokens)
     return (seen * (seen + 1) / 2 + (tokens - seen) * seen) / max(tokens * (tokens + 1) / 2, 1)
+
+
+def expected_share(tokens: int, mass: float, least: int, expected: float) -> float:
+    """The part that blocks which hold ``mass`` of the attention are expected to be; all, up to ``least`` tokens.
+
+    How many they are is the prompt's business: ``expected`` is what the caller says of it.
+    """
+    return 1.0 if mass >= 1 or tokens <= least else expected

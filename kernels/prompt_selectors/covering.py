@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..row_reference import last_rows
 from ..spec import AttentionSpec
-from .base import PromptSelector
-from .estimated import expected_share
-from .lines import last_rows, pooled, row_weights
+from .base import EXPECTED, PromptSelector, expected_share
 
 
 @dataclass(frozen=True)
@@ -19,18 +18,20 @@ class CoveringLines(PromptSelector):
     """Block columns and block diagonals that hold ``alpha`` of the attention of sampled rows.
 
     The rows are the last ``recent`` and ``sampled`` earlier ones, one at a random place in each of as many equal parts
-    of the prompt before; ``seed`` fixes the places. See ``line_cover`` for the choice. LoopServe (arXiv:2507.13681).
+    of the prompt before; ``seed`` fixes the places. expected: the share of the causal
+    pairs that the lists are thought to hold. See ``line_cover`` for the choice. LoopServe (arXiv:2507.13681).
     """
 
     alpha: float = 0.955
     recent: int = 32
     sampled: int = 32
     seed: int = 0
+    expected: float = EXPECTED
 
     def select(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
         rows = self.rows(q.shape[2], q.shape[0], q.device, first)
-        weights = torch.cat(row_weights(spec, q, k, rows, first, lambda x: pooled(x, self.block)), 1)
         device = q.device.type
+        weights = registry.block_weights(spec, device).run(q, k, rows, first, self.block)
         columns, diagonals = registry.line_cover(device)(weights, rows // self.block, self.alpha)
         lists: Tensor = registry.block_lists(device)(columns, diagonals, None, first, self.block)
         return lists
@@ -47,8 +48,9 @@ class CoveringLines(PromptSelector):
         return torch.cat([begin[:, None] + (parts * room[:, None]).long(), last], 1)
 
     def share(self, tokens: int) -> float:
-        return expected_share(tokens, self.alpha, self.block)
+        return expected_share(tokens, self.alpha, self.block, self.expected)
 
     def effort(self, tokens: int) -> float:
-        # 0.072 at 16,384 tokens, 12 and 4 heads of 64 in bfloat16, two threads of one EPYC core, other work beside it.
-        return min(1.0, 18 * (self.recent + self.sampled) / max(tokens, 1))
+        # 0.008 at 16,384 tokens, 12 and 4 heads of 64 in bfloat16: CPU time of one thread of an EPYC core, other work
+        # beside it.
+        return min(1.0, 2 * (self.recent + self.sampled) / max(tokens, 1))

@@ -10,14 +10,15 @@ from torch import Tensor
 from .. import registry
 from ..selection_spec import PromptSelectionSpec
 from ..spec import AttentionSpec
-from .base import PromptSelector, banded_share
+from .base import EXPECTED, PromptSelector, banded_share, expected_share
 
 
 @dataclass(frozen=True)
 class EstimatedBlocks(PromptSelector):
     """The best blocks of every block of queries by ``PromptSelectionSpec``, whose fields these are.
 
-    width: entries of a list, 0 for as many as ``mass`` needs.
+    width: entries of a list, 0 for as many as ``mass`` needs. expected: the share of the causal pairs that these are
+    thought to hold.
     """
 
     estimate: Literal["antidiagonal", "mean"] = "antidiagonal"
@@ -26,6 +27,7 @@ class EstimatedBlocks(PromptSelector):
     mass: float = 1.0
     sinks: int = 1
     recent: int = 1
+    expected: float = EXPECTED
 
     def spec(self, spec: AttentionSpec) -> PromptSelectionSpec:
         """The kernel's description for attention of ``spec``."""
@@ -41,6 +43,7 @@ class EstimatedBlocks(PromptSelector):
             self.sinks,
             self.recent,
             self.mass,
+            spec.softcap,
         )
 
     def select(self, spec: AttentionSpec, q: Tensor, k: Tensor, first: Tensor | None) -> Tensor:
@@ -50,16 +53,8 @@ class EstimatedBlocks(PromptSelector):
     def share(self, tokens: int) -> float:
         if self.width:
             return banded_share(tokens, self.width * self.block)
-        return expected_share(tokens, self.mass, (1 + self.sinks + self.recent) * self.block)
+        return expected_share(tokens, self.mass, (1 + self.sinks + self.recent) * self.block, self.expected)
 
     def effort(self, tokens: int) -> float:
         # Products are half of attention; those of means are few.
         return 0.5 / (self.stride if self.estimate == "antidiagonal" else self.block)
-
-
-def expected_share(tokens: int, mass: float, least: int) -> float:
-    """What blocks that hold ``mass`` of the attention are expected to be of a long prompt; all up to ``least`` tokens.
-
-    How many they are is the prompt's business. The guess, a third at most, is on the side of dense attention.
-    """
-    return 1.0 if mass >= 1 or tokens <= least else 1 / 3

@@ -74,6 +74,7 @@ def generate(spec: PromptSelectionSpec) -> str:
         rows=_rows(spec),
         block=spec.block,
         stride=spec.stride if antidiagonal else spec.block,
+        softcap=spec.softcap,
         **choice(spec),
     )
 

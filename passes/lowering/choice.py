@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torchaccel.kernels.candidates import candidates
 from torchaccel.kernels.plan import Plan
@@ -65,7 +67,11 @@ class Chooser:
                 return causal * (selector.share(tokens) + selector.effort(tokens))
 
             asked = listed(exact, selector)
-            self._verdicts[key] = gate(asked, exact, shape, self.facts, self.tuned, density=density)
+            found = gate(asked, exact, shape, self.facts, self.tuned, density=density)
+            assumed = (
+                f"{found.text}, of which {selector.share(shape.tokens):.2g} of the causal pairs are thought to be read"
+            )
+            self._verdicts[key] = replace(found, text=assumed)
         return self._verdicts[key]
 
     def predicted_ms(self, plan: Plan, shape: AttentionShape) -> float | None:

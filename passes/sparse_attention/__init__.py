@@ -4,6 +4,7 @@ from .a_shape import AShape
 from .double_sparsity import DoubleSparsity
 from .duo_attention import DuoAttentionReading
 from .flex_prefill import FlexPrefill
+from .infllm_v2 import InfLLMv2
 from .longgen import LongGen
 from .loopserve import LoopServePrompt
 from .lserve import LServe
@@ -27,6 +28,7 @@ METHODS = (
     MInference,
     LoopServePrompt,
     VideoXLPrompt,
+    InfLLMv2,
     Quest,
     DoubleSparsity,
     TidalDecode,

@@ -10,11 +10,10 @@ from torchaccel.kernels.prompt_selectors.base import PromptSelector
 
 from torchaccel.graph.anatomy import AttentionSite
 
-from ..layerwise import LayerwiseOptions
-from .prompt import PromptMethod
+from .prompt import MassOptions, PromptMethod
 
 
-class FlexPrefillOptions(LayerwiseOptions):
+class FlexPrefillOptions(MassOptions):
     """gamma: part of the attention to hold. tau: distance below which a head is query-aware, 0 for no such heads.
 
     min_budget, max_budget: tokens' worth of columns, and of diagonals; block: tokens of a block.
@@ -39,4 +38,6 @@ class FlexPrefill(PromptMethod):
 
     def selector(self, site: AttentionSite) -> PromptSelector:
         asked = self.options
-        return AdaptiveLines(asked.block, asked.gamma, asked.tau, asked.min_budget, asked.max_budget or 0)
+        return AdaptiveLines(
+            asked.block, asked.gamma, asked.tau, asked.min_budget, asked.max_budget or 0, asked.density
+        )

@@ -10,11 +10,10 @@ from torchaccel.kernels.prompt_selectors.covering import CoveringLines
 
 from torchaccel.graph.anatomy import AttentionSite
 
-from ..layerwise import LayerwiseOptions
-from .prompt import PromptMethod
+from .prompt import MassOptions, PromptMethod
 
 
-class LoopServePromptOptions(LayerwiseOptions):
+class LoopServePromptOptions(MassOptions):
     """alpha: part of the sampled rows' attention to cover. recent: rows at the prompt's end among them; sampled:
     earlier ones, at places that ``seed`` fixes. block: tokens of a block, to which lines are rounded up.
     """
@@ -37,4 +36,4 @@ class LoopServePrompt(PromptMethod):
 
     def selector(self, site: AttentionSite) -> PromptSelector:
         asked = self.options
-        return CoveringLines(asked.block, asked.alpha, asked.recent, asked.sampled, asked.seed)
+        return CoveringLines(asked.block, asked.alpha, asked.recent, asked.sampled, asked.seed, asked.density)

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torchaccel.kernels.prompt_selectors.base import PromptSelector
-from torchaccel.kernels.prompt_selectors.lines import pooled, row_weights
 from torchaccel.kernels.prompt_selectors.patterns import HeadPatterns, Pattern
+from torchaccel.kernels.row_reference import block_weights
 from torchaccel.kernels.spec import AttentionSpec
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -85,7 +85,7 @@ def search_patterns(
     """
     batch, _, tokens, _ = q.shape
     rows = torch.linspace(tokens // 4, tokens - 1, min(64, tokens), device=q.device).long().expand(batch, -1)
-    weights = torch.cat(row_weights(spec, q, k, rows, None, lambda x: pooled(x, block)), 1)
+    weights = block_weights(spec, q, k, rows, None, block)
     recalls = []
     for pattern in candidates:
         lists = HeadPatterns(block, (pattern,)).select(spec, q, k, None)[:, :, rows[0] // block].long()

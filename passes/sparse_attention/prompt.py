@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from torchaccel.kernels.prompt_selectors.base import PromptSelector
+from pydantic import Field
+from torchaccel.kernels.prompt_selectors.base import EXPECTED, PromptSelector
 
 from torchaccel.graph.anatomy import AttentionSite
 
 from ..base import Decline, Fidelity, SitePlan
-from ..layerwise import LayerwiseMethod, refuse_cache
+from ..layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
+
+
+class MassOptions(LayerwiseOptions):
+    """density: the share of the causal pairs that lists are thought to hold, by which the cost model sets the number of
+    tokens from which they pay; the report tells what they held."""
+
+    density: float = Field(default=EXPECTED, gt=0.0, le=1.0)
 
 
 class PromptMethod(LayerwiseMethod):

@@ -10,11 +10,10 @@ from torchaccel.kernels.prompt_selectors.estimated import EstimatedBlocks
 
 from torchaccel.graph.anatomy import AttentionSite
 
-from ..layerwise import LayerwiseOptions
-from .prompt import PromptMethod
+from .prompt import MassOptions, PromptMethod
 
 
-class XAttentionOptions(LayerwiseOptions):
+class XAttentionOptions(MassOptions):
     """threshold: part of the estimated attention that the chosen blocks of a row hold. stride: of the antidiagonals.
 
     block: tokens of a block.
@@ -36,4 +35,4 @@ class XAttention(PromptMethod):
 
     def selector(self, site: AttentionSite) -> PromptSelector:
         asked = self.options
-        return EstimatedBlocks(asked.block, "antidiagonal", asked.stride, mass=asked.threshold)
+        return EstimatedBlocks(asked.block, "antidiagonal", asked.stride, mass=asked.threshold, expected=asked.density)

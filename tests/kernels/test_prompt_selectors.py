@@ -12,9 +12,10 @@ from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.prompt_selectors.adaptive import AdaptiveLines, covering, distance
 from torchaccel.kernels.prompt_selectors.covering import CoveringLines
 from torchaccel.kernels.prompt_selectors.estimated import EstimatedBlocks
-from torchaccel.kernels.prompt_selectors.lines import diagonal_blocks, line_scores, marked
+from torchaccel.kernels.prompt_selectors.lines import diagonal_blocks, marked
 from torchaccel.kernels.prompt_selectors.patterns import HeadPatterns
 from torchaccel.kernels.prompt_selectors.static import ChunkedBlocks, StridedBlocks
+from torchaccel.kernels.row_reference import line_scores
 from torchaccel.kernels.sparse_prompt import SparsePrompt, first_live, listed, share_read
 from torchaccel.kernels.spec import DTYPES, AttentionSpec, KVFormat
 

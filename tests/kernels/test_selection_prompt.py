@@ -24,6 +24,8 @@ SPECS = {
     "antidiagonal_any_width": PromptSelectionSpec("antidiagonal", 64, 3, "bfloat16", 0.125, 0, mass=0.6),
     "mean_bf16": PromptSelectionSpec("mean", 64, 3, "bfloat16", 0.125, 5, 64),
     "mean_f16_mass": PromptSelectionSpec("mean", 123, 2, "float16", 2.0, 12, 16, mass=0.8),
+    "antidiagonal_softcap": PromptSelectionSpec("antidiagonal", 42, 2, "float32", 0.6, 0, mass=0.7, softcap=1.5),
+    "mean_softcap": PromptSelectionSpec("mean", 6, 2, "bfloat16", 1.0, 9, 16, mass=0.7, softcap=0.4),
     "mean_f32": PromptSelectionSpec("mean", 256, 1, "float32", 0.06, 3, 128, recent=0),
 }
 needs_compiler = pytest.mark.skipif(
