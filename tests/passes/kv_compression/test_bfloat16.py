@@ -69,8 +69,5 @@ def test_bfloat16_differs_from_float32_by_rounding(name):
     assert phases(half) == ["prefill", "decode"]
     lost = (truth - exact).norm() / exact.norm()
     error = (got - truth).norm() / truth.norm()
-        name,
-        f"noise {noise:.4f} method {lost:.4f} error {error:.4f} worst {((got - truth).norm(dim=-1) / truth.norm(dim=-1)).max():.4f}",
-    )
     # Near ties between tokens, and between codes, are decided otherwise in bfloat16.
     assert lost > noise and error < 2 * noise + 0.3 * lost
