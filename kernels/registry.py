@@ -231,6 +231,21 @@ def realise(spec: Spec, candidate: Candidate) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=4)
+def append_pages(device: str) -> Callable[..., None]:
+    """The implementation of appending to the pages of a ragged cache (``ragged.append``)."""
+    if device == "cpu":
+        from .cpp.compile import missing_toolchain
+
+        if missing_toolchain() is None:
+            from .cpp.append_pages import append_pages as generated
+
+            return generated
+    from .ragged import append as stock
+
+    return stock
+
+
+@lru_cache(maxsize=4)
 def merge(device: str) -> Callable[..., Tensor]:
     """The implementation of merging partial attention (``shared_prefix.merge``)."""
     if device == "cpu":
