@@ -45,7 +45,8 @@ def attend(
     CPU: 0, C, logical length before the append, tokens appended since ``tails`` were noted. mask: as in
     ``reference.decode_attention``. positions: int32 ``[1, 1, C]``, columns of all slots; those of slots to come are
     known, too, and hide them. table: int32 ``[B, H_kv, N]``, the pages of each row and head, -1 for none. tails: int64
-    ``[B, H_kv]``, a row and head's first free slot. head_windows: int32 ``[H_kv]``. store: ``append``, or what does the same. Returns ``[B, H, Q, D]``.
+    ``[B, H_kv]``, a row and head's first free slot. head_windows: int32 ``[H_kv]``. store: ``append``, or what does the
+    same. Returns ``[B, H, Q, D]``.
     """
     batch, heads = k_new.shape[:2]
     store(k_pool, v_pool, k_new, v_new, tails, lens)
