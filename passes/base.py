@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
@@ -128,6 +128,10 @@ class SitePlan:
     keep: Node | None = None
     dropped: bool = False
     selector: PromptSelector | None = None
+
+    def reading_all(self) -> SitePlan:
+        """This plan without what chooses the tokens that steps read, and without the file they would lie in."""
+        return replace(self, selection=None, offload=None)
 
 
 class Fuel:

@@ -50,7 +50,7 @@ class Gate:
                 notes.append(verdict.text)
             if verdict is not None and verdict.switch_tokens is None:
                 declines.append(Decline(site.name, Reason.SLOWER, verdict.text))
-                plan = replace(plan, selection=None)
+                plan = plan.reading_all()
 
         def pays(asked: SitePlan, exact: SitePlan, of: str, worth: float = 1.0) -> bool:
             shape = AttentionShape(batch, site.kv_heads, TOKENS if of == "prefill" else 1, TOKENS, sites=sites)
@@ -84,7 +84,7 @@ class Gate:
                     plan = replace(plan, selector=None)
         return Judgement(plan, tuple(declines), "; ".join(notes), least)
 
-    def least(self, site: AttentionSite, policy: Selection, exact: AttentionSpec, batch: int, sites: int) -> int:
+    def least(self, policy: Selection, site: AttentionSite, exact: AttentionSpec, batch: int, sites: int) -> int:
         """Stored tokens up to which attention to everything, ``exact``, is as good as to what ``policy`` lists."""
         verdict = self._lists(site, policy, exact, batch, sites) if self.enabled else None
         # A cache that was made for lists has paid for them: where none would pay any more, those of the longest do.

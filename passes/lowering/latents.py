@@ -16,7 +16,7 @@ from torchaccel.graph.propagate import annotate, fake_mode
 from torchaccel.graph.rotary import Rotation, rotation_of
 from torchaccel.runtime.bindings import LatentBinding
 from torchaccel.runtime.factors import Factors
-from torchaccel.runtime.storage import Layout
+from torchaccel.runtime.layout import Layout
 
 from ..base import Decline, Reason
 from .signature import Signature

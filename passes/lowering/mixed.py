@@ -14,7 +14,7 @@ from torchaccel.kernels.spec import AttentionSpec
 from torchaccel.cost.shape import AttentionShape
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.graph.propagate import annotate
-from torchaccel.runtime.storage import Layout
+from torchaccel.runtime.layout import Layout
 
 from .choice import Chooser
 from .signature import Signature

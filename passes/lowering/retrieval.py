@@ -10,8 +10,9 @@ from torch.fx import Graph, Node
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime import selection
 from torchaccel.runtime.kv import LogicalKV
+from torchaccel.runtime.layout import Layout
 from torchaccel.runtime.selection import Selection
-from torchaccel.runtime.storage import Layout, sizes
+from torchaccel.runtime.storage import sizes
 
 from .signature import Signature
 

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from torchaccel.runtime.bindings import AppendBinding, Bindings, StoreBinding, TokenCount
 from torchaccel.runtime.kv import LogicalKV, compress
-from torchaccel.runtime.storage import Layout
+from torchaccel.runtime.layout import Layout
 
 from ..dead_code import remove_dead_code
 

@@ -12,7 +12,8 @@ import torchaccel
 from torchaccel.errors import EvictedTokensError
 from torchaccel.runtime.compiled_graph import writable_pair
 from torchaccel.runtime.kv import LogicalKV, compress, view, writable
-from torchaccel.runtime.storage import Layout, grown
+from torchaccel.runtime.layout import Layout
+from torchaccel.runtime.storage import grown
 
 DENSE = Layout(KVFormat("dense", "float32", 16))
 INT8 = Layout(KVFormat("int8", "float32", 16, "channel"))

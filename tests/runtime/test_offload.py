@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torchaccel.kernels.spec import KVFormat
+from torchaccel.passes.base import Reason
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
 from torchaccel.errors import OffloadError, OptionsError
-from torchaccel.runtime.storage import Layout, store
+from torchaccel.runtime.layout import Layout
+from torchaccel.runtime.storage import store
 
 QUEST = {"method": "quest", "tokens": 48, "dense_layers": 0}
 
@@ -47,6 +49,19 @@ def test_generation_is_the_same(tmp_path):
     assert counters[0].file_bytes == 0
     assert counters[1].file_bytes > counters[1].kv_bytes
     assert counters[1].file_bytes + counters[1].kv_bytes == counters[0].kv_bytes
+
+
+@pytest.mark.parametrize(
+    "further", [{"method": "tova", "tokens": 32}, {"method": "adakv", "tokens": 32}, {"method": "zipcache"}]
+)
+def test_tokens_that_are_all_read_stay_in_memory(further, tmp_path):
+    asked = {"kv_compression": further, "sparse_attention": QUEST | {"offload": str(tmp_path)}}
+    _, model = compiled("llama", options=asked)
+    greedy(model, prompt(2, 123, padding=(0, 21)), 20)
+    report = torchaccel.report(model)
+    reasons = Reason.EVICTING_STEPS, Reason.NEEDS_PLAIN_TOKENS
+    assert any(reason.value in line for line in report.declines for reason in reasons), report.declines
+    assert report.records[-1].counter.file_bytes == 0 and report.records[-1].counter.kv_bytes > 0
 
 
 def test_what_cannot_be_is_said(tmp_path):

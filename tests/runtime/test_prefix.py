@@ -13,8 +13,9 @@ import torchaccel
 from torchaccel.errors import SharedPrefixError
 from torchaccel.runtime.compiled_graph import prefixes
 from torchaccel.runtime.kv import LogicalKV, compress, unshared, view, writable
+from torchaccel.runtime.layout import Layout
 from torchaccel.runtime.prefix import MIN_TOKENS
-from torchaccel.runtime.storage import Layout, grown
+from torchaccel.runtime.storage import grown
 
 DENSE = Layout(KVFormat("dense", "float32", 16))
 HALF = Layout(KVFormat("dense", "bfloat16", 16))

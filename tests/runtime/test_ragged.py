@@ -16,8 +16,8 @@ from torchaccel.errors import EvictedTokensError
 from torchaccel.runtime.compiled_graph import writable_pair
 from torchaccel.runtime.eviction import HeadWindows, RaggedEviction
 from torchaccel.runtime.kv import LogicalKV, kv_bytes, view
+from torchaccel.runtime.layout import Layout
 from torchaccel.runtime.ragged import RaggedStorage, Segments, places, store_ragged
-from torchaccel.runtime.storage import Layout
 
 FORMAT = KVFormat("dense", "float32", 6)
 SPEC = AttentionSpec("decode", 6, 2, "float32", FORMAT, FORMAT, 0.7, positions=True, index="blocks", index_block=PAGE)

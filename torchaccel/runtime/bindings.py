@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .storage import Layout
+from .layout import Layout
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from .bindings import AppendBinding, Bindings, LatentBinding, StoreBinding
 from .call_counter import CallCounter
 from .evicting import settle, store_prompt
 from .kv import LogicalKV, compress, unshared, view, writable
+from .layout import Layout
 from .mixed import sort_newest, store_mixed
 from .ragged import RaggedStorage
 from .rotary_table import RotaryTable, rotary_table
-from .storage import Layout, Storage
+from .storage import Storage
 
 
 class CompiledGraph:

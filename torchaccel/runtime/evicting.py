@@ -14,9 +14,10 @@ from .aside import set_aside
 from .bindings import PromptBinding
 from .eviction import Eviction, EvictionRecord, Prompt, RaggedEviction, Step
 from .kv import LogicalKV, compress, view
+from .layout import Layout
 from .ragged import store_ragged
 from .selection import Selection
-from .storage import Layout, Storage
+from .storage import Storage
 
 
 def store_prompt(

@@ -13,9 +13,11 @@ from torchaccel.errors import EvictedTokensError
 from torchaccel.kernels import rotation
 from torchaccel.kernels.spec import DTYPES
 
+from .layout import Layout
 from .prefix import flatten, moved, read, take_rows
 from .rotary_table import RotaryTable
-from .storage import Layout, Storage, store, unsorted
+from .storage import Storage, store
+from .waiting import unsorted
 
 aten = torch.ops.aten
 

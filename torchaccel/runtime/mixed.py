@@ -14,8 +14,10 @@ from .bindings import PromptBinding
 from .evicting import prompt_of
 from .eviction import Prompt
 from .kv import LogicalKV, view
+from .layout import Layout
 from .mixing import channel_scale, taken, without_padding
-from .storage import Layout, Storage, store, waiting
+from .storage import Storage, store
+from .waiting import waiting
 
 
 @torch.inference_mode(False)

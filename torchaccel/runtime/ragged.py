@@ -12,7 +12,8 @@ from torchaccel.kernels.ragged import PAGE
 from torchaccel.kernels.spec import DTYPES
 
 from .eviction import HeadWindows
-from .storage import MOST_SLACK, SLACK, Layout, Prefix, Storage
+from .layout import Layout
+from .storage import MOST_SLACK, SLACK, Prefix, Storage
 
 
 @dataclass(frozen=True)

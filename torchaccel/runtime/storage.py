@@ -15,11 +15,10 @@ from torchaccel.kernels import kv_format, latents, registry, rotation
 from torchaccel.kernels.spec import DTYPES, KVFormat
 
 from . import offload
-from .eviction import Eviction, EvictionRecord, State
-from .factors import Factors
-from .mixing import Mixing
+from .eviction import EvictionRecord, State
+from .layout import Layout
 from .rotary_table import RotaryTable
-from .selection import Selection, Sizes, copied
+from .selection import Sizes, copied
 
 # Room for a sixteenth more, at least 64 and at most 1024 tokens: every step reads the whole cache, so copying it once
 # in that many steps costs a few per cent of a step at most, and hardly any memory lies idle. Multiples of 64 keep whole
@@ -27,38 +26,6 @@ from .selection import Selection, Sizes, copied
 SLACK = 16
 ALIGNMENT = 64
 MOST_SLACK = 1024
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a logical KV tensor stores physically; hashable, and guarded by the compiled graphs.
-
-    pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
-    the same slots need none). eviction: the policy by which tokens go. selection: that by which a step chooses what it
-    reads; its state lies with the keys. offload: folder of the file in which the tokens lie, None for memory. prefixes:
-    number of buffers of other storages that hold the first columns. factors: of a format that stores latents. mixing:
-    how all but the newest tokens are sorted into classes.
-    """
-
-    format: KVFormat
-    positions: bool = False
-    pruned: bool = False
-    eviction: Eviction | None = None
-    selection: Selection | None = None
-    offload: str | None = None
-    prefixes: int = 0
-    factors: Factors | None = None
-    mixing: Mixing | None = None
-
-    @property
-    def turned(self) -> bool:
-        """Whether tokens are embedded by their position when they are read, for which a storage has a rotary table."""
-        return self.factors is not None and self.factors.rotary > 0
-
-    @property
-    def ragged(self) -> bool:
-        """Whether KV heads store different numbers of tokens, see ``RaggedStorage``."""
-        return self.eviction is not None and self.eviction.ragged
 
 
 @dataclass(frozen=True)
@@ -431,35 +398,3 @@ def _allocate(layout: Layout, rows: int, heads: int, capacity: int, device: torc
             "leave the option offload out"
         )
     return offload.allocate(layout.format, rows, heads, capacity, layout.offload)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def waiting(
-    layout: Layout,
-    tokens: Tensor,
-    first: int,
-    classes: tuple[Storage, ...],
-    scale: Tensor | None = None,
-    room: int = 0,
-) -> Storage:
-    """A mixed storage of ``tokens`` ``[B, H, n, D]`` of columns ``first ..`` that wait to be sorted into ``classes``.
-
-    scale: what the tokens were divided by. room: for so many tokens more.
-    """
-    batch, heads, n, _ = tokens.shape
-    buf = kv_format.allocate(layout.format, batch, heads, grown(n + room), tokens.device)
-    buf[:, :, :n] = tokens
-    slots = None
-    if layout.positions:
-        slots = torch.empty(batch, 1, buf.shape[2], dtype=torch.int32, device=tokens.device)
-        slots[..., :n] = torch.arange(first, first + n, device=tokens.device)
-    return Storage(layout, buf, n, slots, first, classes=classes, scale=scale)
-
-
-def unsorted(storage: Storage, tokens: Tensor) -> Storage:
-    """A mixed storage like ``storage`` of other tokens ``[B, H, n, D]``, all of which wait to be sorted."""
-    divided = tokens if storage.scale is None else tokens / storage.scale
-    none = torch.empty(*divided.shape[:2], 0, dtype=torch.int64, device=divided.device)
-    empty = tuple(store(part.layout, divided[:, :, :0], 0, none) for part in storage.classes)
-    return waiting(storage.layout, divided, 0, empty, storage.scale)
