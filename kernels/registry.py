@@ -29,6 +29,7 @@ from .plan import Plan
 from .selection_spec import PromptSelectionSpec, SelectionSpec, SummarySpec
 from .sparse_spec import SparseMlpSpec, ThresholdLinearSpec
 from .spec import AttentionSpec, KVFormat, LinearSpec
+from .staging import staged_spec
 
 # What writes the kernels of a device type: the folder of its modules.
 _GENERATORS = {"cpu": "cpp", "cuda": "triton"}
@@ -190,6 +191,14 @@ def attend(plan: str) -> Callable[..., Any]:
         return pick(q, k_new, v_new, k_buf, v_buf, lens, *rest)
 
     return run
+
+
+@lru_cache(maxsize=4096)
+def attend_staged(plan: str) -> Callable[..., Any]:
+    """For a decode ``Plan`` that reads lists: the callable for what was gathered by them (``staging.attend``)."""
+    given = Plan.from_key(plan)
+    spec, device = staged_spec(given.spec), "cuda" if given.picks[-1][1].implementation == "triton" else "cpu"
+    return realise(spec, candidates(spec, device)[0])
 
 
 def _decode(spec: AttentionSpec, candidate: Candidate) -> Callable[..., Any]:

@@ -65,6 +65,8 @@ class Reason(Enum):
     PRUNED_CLASSES = "tokens are sorted into classes when all are there, not after some were evicted or pruned"
     NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
     EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
+    HOST_ALREADY = "the model runs on the CPU, whose memory is the host's; a folder takes the tokens out of it"
+    HOST_CODES = "only tokens in full precision are gathered in host memory; these stay on their device"
     NEEDS_PLAIN_TOKENS = "latents, classes of tokens and heads of different lengths are read whole, not by lists"
     NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
     NO_IMAGES = "nothing in the graph tells which tokens are images; give their ids as image_tokens"
@@ -111,7 +113,8 @@ class SitePlan:
     formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens are
     sorted into classes with formats of their own. eviction: which tokens stay, None for all. selection: which of them a
     step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay, this one
-    shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``, the columns
+    shares. offload: folder of the files that hold the tokens, "host" for
+    host memory, None for that of the device. keep: node int64 ``[B, K]``, the columns
     that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its cache is
     stored. selector: which blocks of keys a prompt reads, None for all.
     """

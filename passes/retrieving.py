@@ -12,10 +12,14 @@ from torchaccel.runtime.selection import Selection
 from .base import Decline, Fidelity, SitePlan
 from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
 
+# As the option offload: the memory of the host.
+HOST = "host"
+
 
 class RetrievingOptions(LayerwiseOptions):
     """dense_layers: first layers that read everything, unless ``layers`` names the ones to treat. offload: a folder;
-    the tokens of the other layers lie in files there, of which steps read what they list."""
+    the tokens of the other layers lie in files there, of which steps read what they list; "host" for the memory of the
+    host, from which a GPU is sent what it lists."""
 
     dense_layers: int = Field(default=2, ge=0)
     offload: str | None = Field(default=None)
@@ -23,8 +27,8 @@ class RetrievingOptions(LayerwiseOptions):
     @field_validator("offload")
     @classmethod
     def _folder(cls, offload: str | None) -> str | None:
-        if offload is not None and not Path(offload).is_dir():
-            raise ValueError("offload names a folder for memory-mapped files, and there is none of this name")
+        if offload not in (None, HOST) and not Path(offload).is_dir():
+            raise ValueError('offload names a folder for memory-mapped files, or "host"; there is none of this name')
         return offload
 
     def select(self, count: int) -> set[int]:

@@ -22,6 +22,7 @@ from torchaccel.runtime.kv import LogicalKV
 from torchaccel.runtime.layout import Layout
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
+from ..retrieving import HOST
 from .choice import Chooser
 from .gate import Gate, Judgement, retrieving
 from .latents import LatentLowering
@@ -104,6 +105,10 @@ class AttentionLowering:
         if plan.selection is not None and (latent or ragged or plan.mixing is not None):
             self.declines.append(Decline(site.name, Reason.NEEDS_PLAIN_TOKENS))
             plan = replace(plan.reading_all(), leader=None)
+        if plan.offload == HOST and (self.context.device.type == "cpu" or plan.formats is not None):
+            already = self.context.device.type == "cpu"
+            self.declines.append(Decline(site.name, Reason.HOST_ALREADY if already else Reason.HOST_CODES))
+            plan = replace(plan, offload=None)
         if (not latent and plan.mixing is None) or (plan.eviction is None and plan.keep is None):
             return plan
         self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS if latent else Reason.PRUNED_CLASSES))

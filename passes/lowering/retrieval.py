@@ -57,7 +57,9 @@ class Retrieval:
         shapes = policy.shapes(sizes(layout.format, fake.buf))
         # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
         state = [
-            self.signature.placeholder(f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype))
+            self.signature.placeholder(
+                f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype, device=fake.device)
+            )
             for name, (shape, dtype) in shapes.items()
         ]
         made = least(policy)

@@ -1,4 +1,4 @@
-"""Buffers of caches that lie in a file, mapped into memory: only what is read takes room there."""
+"""Buffers of caches that lie in a file, mapped into memory, or in host memory, away from their device."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def allocate(fmt: KVFormat, rows: int, heads: int, capacity: int, folder: str) -
             "a folder with room in the option offload, or leave it out"
         ) from error
     return torch.frombuffer(mapping, dtype=sizes.dtype).view(sizes.shape), mapping
+
+
+def host(fmt: KVFormat, rows: int, heads: int, capacity: int, device: torch.device) -> Tensor:
+    """A buffer as of ``kv_format.allocate`` in host memory, pinned for a GPU, so that it is read at the full rate."""
+    sizes = kv_format.allocate(fmt, rows, heads, capacity, torch.device("meta"))
+    return torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=device.type == "cuda")
 
 
 def release(mapping: mmap.mmap) -> None:

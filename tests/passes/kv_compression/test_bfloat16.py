@@ -68,6 +68,8 @@ def test_bfloat16_differs_from_float32_by_rounding(name):
     truth, got = logits(whole, dictated), logits(half, dictated)
     assert phases(half) == ["prefill", "decode"]
     lost = (truth - exact).norm() / exact.norm()
-    error = (got - truth).norm() / truth.norm()
-    # Near ties between tokens, and between codes, are decided otherwise in bfloat16.
-    assert lost > noise and error < 2 * noise + 0.3 * lost
+    # Steps in which a near tie between blocks, or tokens, is decided otherwise differ by far: they are few.
+    error = ((got - truth).norm(dim=-1) / truth.norm(dim=-1)).median()
+    # Not so of codes of few bits: in every step some of them are rounded otherwise.
+    coded = name in ("zipcache", "gear", "turboquant")
+    assert lost > noise and error < 2 * noise + (0.25 * lost if coded else 0.0)
