@@ -67,6 +67,7 @@ class Reason(Enum):
     EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
     HOST_ALREADY = "the model runs on the CPU, whose memory is the host's; a folder takes the tokens out of it"
     HOST_CODES = "only tokens in full precision are gathered in host memory; these stay on their device"
+    TWO_FORMATS = "another method stores its tokens in a format of its own, and two are not combined"
     NEEDS_PLAIN_TOKENS = "latents, classes of tokens and heads of different lengths are read whole, not by lists"
     NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
     NO_IMAGES = "nothing in the graph tells which tokens are images; give their ids as image_tokens"
@@ -131,6 +132,11 @@ class SitePlan:
     keep: Node | None = None
     dropped: bool = False
     selector: PromptSelector | None = None
+
+    @property
+    def is_formatted(self) -> bool:
+        """Whether a method decided in which format tokens are stored."""
+        return self.formats is not None or self.mixing is not None
 
     def reading_all(self) -> SitePlan:
         """This plan without what chooses the tokens that steps read, and without the file they would lie in."""

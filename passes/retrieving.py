@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field, field_validator
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -11,6 +9,7 @@ from torchaccel.runtime.selection import Selection
 
 from .base import Decline, Fidelity, SitePlan
 from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
+from .offloading import folder
 
 # As the option offload: the memory of the host.
 HOST = "host"
@@ -27,9 +26,7 @@ class RetrievingOptions(LayerwiseOptions):
     @field_validator("offload")
     @classmethod
     def _folder(cls, offload: str | None) -> str | None:
-        if offload not in (None, HOST) and not Path(offload).is_dir():
-            raise ValueError('offload names a folder for memory-mapped files, or "host"; there is none of this name')
-        return offload
+        return offload if offload == HOST else folder(offload)
 
     def select(self, count: int) -> set[int]:
         chosen = super().select(count)

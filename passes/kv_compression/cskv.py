@@ -80,6 +80,7 @@ class CSKV(CalibratedMethod, LayerwiseMethod):
     family = "kv_compression"
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
+    stores = True
     paper = "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios (2024)"
     calibration = "required"
     calibrator = CSKVCalibrator

@@ -14,11 +14,15 @@ from torchaccel.kernels.spec import KVFormat
 
 
 def allocate(fmt: KVFormat, rows: int, heads: int, capacity: int, folder: str) -> tuple[Tensor, mmap.mmap]:
-    """A buffer as of ``kv_format.allocate`` in a file of ``folder``, and its mapping.
+    """A buffer as of ``kv_format.allocate`` in a file of ``folder``, and its mapping: see ``mapped``."""
+    return mapped(kv_format.allocate(fmt, rows, heads, capacity, torch.device("meta")), folder)
 
-    The file has no name: it is gone with the buffer. Raises ``OffloadError`` where it cannot be made.
+
+def mapped(sizes: Tensor, folder: str) -> tuple[Tensor, mmap.mmap]:
+    """A tensor of the shape and dtype of ``sizes`` in a file of ``folder``, and its mapping.
+
+    The file has no name: it is gone with the tensor. Raises ``OffloadError`` where it cannot be made.
     """
-    sizes = kv_format.allocate(fmt, rows, heads, capacity, torch.device("meta"))
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(sizes.nbytes)

@@ -117,8 +117,9 @@ class Storage:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the file that holds the tokens."""
-        return 0 if self.mapping is None else self.buf.nbytes
+        """Bytes of the files that hold the tokens, and what is set aside."""
+        aside = None if self.record is None else self.record.aside
+        return (0 if self.mapping is None else self.buf.nbytes) + (aside.nbytes if aside and aside.mappings else 0)
 
     @property
     def sizes(self) -> Sizes:
@@ -136,14 +137,15 @@ class Storage:
         remembered = [*self.state.values(), *(self.record.state.values() if self.record else ())]
         further = [*remembered, self.positions, self.scale, *(() if self.elsewhere else (self.buf,))]
         aside = None if self.record is None else self.record.aside
-        here = aside.nbytes if aside and aside.device == self.device else 0
+        here = aside.nbytes if aside and not aside.mappings and aside.device == self.device else 0
         return sum(x.nbytes for x in further if x is not None) + here
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that lie in host memory, and for a policy aside."""
+        """Bytes that lie in host memory, away from the device or set aside by a policy."""
         aside = None if self.record is None else self.record.aside
-        return (0 if aside is None else aside.nbytes) + (0 if self.layout.home is None else self.buf.nbytes)
+        own = 0 if self.layout.home is None else self.buf.nbytes
+        return own + (aside.nbytes if aside and not aside.mappings else 0)
 
     @property
     def elsewhere(self) -> bool:
