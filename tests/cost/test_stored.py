@@ -84,3 +84,9 @@ def test_streaming_heads_keep_sinks_and_a_window() -> None:
     by_plan = {**by_name, "retrieval_heads": None, "sparsity": 0.75}
     (part,) = Traffic({"kv_compression": by_plan}).parts(1000, "bfloat16", 64, 2, 4)
     assert part.tokens == pytest.approx(0.25 * 1000 + 0.75 * 100)
+
+
+def test_of_two_formats_the_first_counts() -> None:
+    both = {"kv_compression": [canonical("int8"), canonical("zipcache"), canonical("int2")]}
+    assert Traffic(both).formats("bfloat16", 64)[0].kind == "int8"
+    assert [part.formats[0].kind for part in Traffic(both).parts(1000, "bfloat16", 64, 2, 2)] == ["int8"]

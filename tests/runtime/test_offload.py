@@ -78,7 +78,8 @@ def test_what_cannot_be_is_said(tmp_path):
 def test_on_the_cpu_host_memory_is_where_it_is():
     _, fast = compiled("llama", layers=1, options={"sparse_attention": QUEST | {"offload": "host"}})
     greedy(fast, prompt(1, 60), 2)
-    assert {decline.reason for decline in torchaccel.report(fast).declines} == {Reason.HOST_ALREADY}
+    assert torchaccel.report(fast).declines
+    assert all(Reason.HOST_ALREADY.value in decline for decline in torchaccel.report(fast).declines)
     counter = torchaccel.report(fast).records[-1].counter
     assert counter.host_bytes == counter.file_bytes == 0 and counter.kv_bytes > 0
 

@@ -104,14 +104,19 @@ class Traffic:
 
     def formats(self, dtype: str, head_dim: int) -> Formats:
         """How keys and values are stored, where all are stored alike."""
-        method = self._one("kv_compression", *FORMATS)
-        return dense(dtype, head_dim) if method is None else formats(method, dtype, head_dim)
+        method = self._storing
+        return formats(method, dtype, head_dim) if method and method["method"] in FORMATS else dense(dtype, head_dim)
+
+    @property
+    def _storing(self) -> Method | None:
+        """The method that decides in which format tokens are stored: the first one, as of two the second is declined."""
+        return next((m for m in self._asked("kv_compression") if m["method"] in (*FORMATS, "zipcache")), None)
 
     def parts(self, tokens: int, dtype: str, head_dim: int, kv_heads: int, layers: int) -> tuple[Part, ...]:
         """What each of a layer's ``kv_heads`` stores of ``tokens``, on the average of all ``layers``."""
-        sorting = self._one("kv_compression", "zipcache")
-        if sorting is not None:
-            return classes(sorting, tokens, dtype, head_dim)
+        storing = self._storing
+        if storing is not None and storing["method"] == "zipcache":
+            return classes(storing, tokens, dtype, head_dim)
         duo = self._one("kv_compression", "duo_attention")
         if duo is not None:
             return (Part(of_heads(duo, tokens, kv_heads * layers), dense(dtype, head_dim), 4),)
