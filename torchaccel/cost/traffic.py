@@ -109,7 +109,7 @@ class Traffic:
 
     @property
     def _storing(self) -> Method | None:
-        """The method that decides in which format tokens are stored: the first one, as of two the second is declined."""
+        """The method that decides in which format tokens are stored: the first, as of two the second is declined."""
         return next((m for m in self._asked("kv_compression") if m["method"] in (*FORMATS, "zipcache")), None)
 
     def parts(self, tokens: int, dtype: str, head_dim: int, kv_heads: int, layers: int) -> tuple[Part, ...]:
