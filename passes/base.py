@@ -183,7 +183,7 @@ class Pass:
 
     name: ClassVar[str]
     fidelity: ClassVar[Fidelity]
-    phases: ClassVar[frozenset[Phase]] = frozenset({"prefill", "extend", "decode", "encoder"})
+    phases: frozenset[Phase] = frozenset({"prefill", "extend", "decode", "encoder"})
 
     def apply(self, context: RewriteContext) -> PassResult:
         """Rewrite ``context.graph`` in place; an exception makes the manager restore the graph."""
@@ -216,4 +216,4 @@ class Method(Pass):
         """Treat those of ``graphs`` only; ``phase`` is their name in options, noted where the method treats others."""
         if not self.phases <= graphs:
             self.phase = phase
-            self.phases = self.phases & graphs  # type: ignore[misc]
+            self.phases = self.phases & graphs

@@ -82,6 +82,10 @@ class ClusterSelection(Selection):
     block: int = FINE
 
     @property
+    def adopts(self) -> bool:
+        return True
+
+    @property
     def covers(self) -> int:  # type: ignore[override]
         return EVERYTHING if self.coarse == self.fine == PARTS else 0
 

@@ -85,6 +85,10 @@ class SentenceSelection(Selection):
     def token_ids(self) -> bool:  # type: ignore[override]
         return bool(self.ends)
 
+    @property
+    def adopts(self) -> bool:
+        return not self.ends
+
     def width(self, state: State) -> int:
         return self.tokens
 
@@ -102,10 +106,17 @@ class SentenceSelection(Selection):
         }
 
     def begin(self, state: State, prompt: Prompt, keys: Tensor, kept: Tensor | None) -> None:
-        tokens, stored = prompt.keys.shape[2], keys.shape[2]
-        first = torch.where(prompt.valid.any(-1), prompt.valid.int().argmax(-1), tokens)
-        before, runs = self._runs(prompt.ids, tokens, first, torch.zeros_like(first))
-        starts = (before % self.longest == 0) & prompt.valid
+        self._fill(state, keys, kept, prompt.valid, prompt.ids)
+
+    def adopt(self, state: State, keys: Tensor, valid: Tensor) -> None:
+        self._fill(state, keys, None, valid, None)
+
+    def _fill(self, state: State, keys: Tensor, kept: Tensor | None, valid: Tensor, ids: Tensor | None) -> None:
+        """As ``begin``; valid, ids: see ``Prompt``."""
+        tokens, stored = valid.shape[1], keys.shape[2]
+        first = torch.where(valid.any(-1), valid.int().argmax(-1), tokens)
+        before, runs = self._runs(ids, tokens, first, torch.zeros_like(first))
+        starts = (before % self.longest == 0) & valid
         sentence = starts.int().cumsum(-1)[:, None].expand(*keys.shape[:2], -1)
         if kept is not None:
             sentence, runs = sentence.gather(2, kept), runs.gather(1, kept[:, 0])

@@ -276,10 +276,12 @@ class AttentionLowering:
             layouts = given[0].kv_layout, given[1].kv_layout
         else:
             latent = plan.factors != (None, None)
-            if plan.eviction is not None or plan.mixing is not None or plan.selection is not None or latent:
+            needy = plan.selection is not None and not plan.selection.adopts
+            if plan.eviction is not None or plan.mixing is not None or needy or latent:
                 self.declines.append(Decline(site.name, Reason.PLAIN_CACHE))
+            plan = plan.reading_all() if needy else plan
             formats = None if latent else plan.formats
-            layouts = layouts_of(site, replace(plan.reading_all(), eviction=None, mixing=None, formats=formats))
+            layouts = layouts_of(site, replace(plan, eviction=None, mixing=None, formats=formats))
         skipped = plan.dropped or layouts[0].format.kind == "empty"
         spec = self._spec(site, plan, "decode", layouts[0].format, layouts[1].format)
         policy = layouts[0].eviction

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -52,16 +53,11 @@ class Retrieval:
             return None if leader is None else self.made.get(leader)
         past = site.key_cache.past
         assert past is not None
-        fake = past.meta["example_value"]
-        assert isinstance(fake, LogicalKV)
-        shapes = policy.shapes(sizes(layout.format, fake.buf))
-        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
-        state = [
-            self.signature.placeholder(
-                f"{past.name}_{name}", fake.buf.new_empty(shape, dtype=dtype, device=fake.device)
-            )
-            for name, (shape, dtype) in shapes.items()
-        ]
+        plain = not isinstance(past.meta["example_value"], LogicalKV)
+        state = self._state(past, layout, policy, plain)
+        if plain:
+            with self.graph.inserting_before(site.node):
+                self.graph.call_function(selection.adoption(), (past, state, site.mask, policy.key()))
         made = least(policy)
         arguments = (
             site.q,
@@ -77,3 +73,15 @@ class Retrieval:
             index = self.graph.call_function(selection.operator(), arguments)
         self.made[site.index] = Lists(index, policy, made)
         return self.made[site.index]
+
+    def _state(self, past: Node, layout: Layout, policy: Selection, plain: bool) -> list[Node]:
+        """Inputs for the state of ``policy``, which keeps it for the cache tensor ``past``; plain: not yet."""
+        kv = self.signature.logical(past, layout)
+        state = []
+        # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
+        for name, (shape, dtype) in policy.shapes(sizes(layout.format, kv.buf)).items():
+            example = kv.buf.new_empty(shape, dtype=dtype, device=kv.device)
+            if plain and len(shape) > 2:
+                torch._dynamo.maybe_mark_dynamic(example, 2)
+            state.append(self.signature.placeholder(f"{past.name}_{name}", example))
+        return state

@@ -31,6 +31,7 @@ class Signature:
         self.shares: list[int] = []
         self._removed: set[int] = set()
         self._extra: list[Node] = []
+        self._adopted: dict[Node, LogicalKV] = {}
         self._last_placeholder = self.placeholders[-1]
 
     def argument(self, node: Node) -> int:
@@ -53,10 +54,17 @@ class Signature:
         return self._last_placeholder
 
     def buffer(self, past: Node, layout: Layout, name: str = "buf") -> Node:
-        """A new input for an inner tensor of a cache tensor, which is made of a plain one where it must."""
+        """A new input for an inner tensor of a cache tensor."""
+        return self.placeholder(f"{past.name}_{name}", getattr(self.logical(past, layout), name))
+
+    def logical(self, past: Node, layout: Layout) -> LogicalKV:
+        """What stands for a cache tensor when the graph is compiled, made of a plain one where it must be."""
         fake = past.meta["example_value"]
-        kv = fake if isinstance(fake, LogicalKV) else compress(layout, self.examples[self.argument(past)])
-        return self.placeholder(f"{past.name}_{name}", getattr(kv, name))
+        if isinstance(fake, LogicalKV):
+            return fake
+        if past not in self._adopted:
+            self._adopted[past] = compress(layout, self.examples[self.argument(past)])
+        return self._adopted[past]
 
     def extra_output(self, node: Node) -> int:
         """The place of ``node`` among the results, behind the graph's own."""

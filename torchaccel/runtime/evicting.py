@@ -65,7 +65,6 @@ def store_prompt(
 @torch.no_grad()
 def _remember(storage: Storage, policy: Selection, prompt: Prompt, keys: Tensor, kept: Tensor | None) -> None:
     """Let a policy that selects see the ``keys`` ``[B, H_kv, n, D]`` that are stored of a prompt."""
-    storage.state = policy.allocate(storage.sizes, keys.device)
     # The heads keep different tokens, but equally many of the padding, which comes before them.
     valid = prompt.valid if kept is None else prompt.valid.gather(1, kept[:, 0])
     storage.state["first"].copy_(torch.where(valid.any(-1), valid.int().argmax(-1), keys.shape[2]))

@@ -73,6 +73,11 @@ class Selection:
     share: float = 0.0
     token_ids: bool = False
 
+    @property
+    def adopts(self) -> bool:
+        """Whether keys alone are enough to begin with, so that a cache made elsewhere can be continued."""
+        return False
+
     def tensors(self, sizes: Sizes) -> Shapes:
         """Shape and dtype of every tensor of the state but ``first``."""
         return {}
@@ -85,6 +90,13 @@ class Selection:
         """Fill ``state`` (all zeros but ``first``) for a prompt of which ``keys`` ``[B, H_kv, n, D]`` are stored.
 
         kept: their columns int64 ``[B, H_kv, n]``; None when all of them are.
+        """
+        self.append(state, Call(keys, keys, torch.zeros(3, dtype=torch.int64)))
+
+    def adopt(self, state: State, keys: Tensor, valid: Tensor) -> None:
+        """Fill ``state`` as ``begin`` for ``keys`` ``[B, H_kv, S, D]`` of which nothing else is known.
+
+        valid: bool ``[B, S]``, False for padding.
         """
         self.append(state, Call(keys, keys, torch.zeros(3, dtype=torch.int64)))
 
@@ -158,6 +170,20 @@ def operator() -> Any:
     return torch.ops.torchaccel.retrieve.default
 
 
+@lru_cache(maxsize=1)
+def adoption() -> Any:
+    """``torchaccel::adopt``, defined on first use: the state of a layer made from plain keys that a cache brings along.
+
+    Its mask is that of the attention, of which new tokens are the last columns.
+    """
+    lib = ops.library()
+    lib.define("adopt(Tensor keys, Tensor(a!)[] state, Tensor? mask, str policy) -> ()")
+    for key in ("CPU", "CUDA"):
+        lib.impl("adopt", _adopt, key)
+    torch.library.register_fake("torchaccel::adopt", lambda keys, state, mask, policy: None, lib=lib)
+    return torch.ops.torchaccel.adopt.default
+
+
 @lru_cache(maxsize=1024)
 def _names(key: str) -> tuple[Selection, tuple[str, ...]]:
     policy = Selection.from_key(key)
@@ -184,6 +210,16 @@ def _retrieve(
     if n > 1 or int(lens[1]) + n <= least:
         return q.new_empty((q.shape[0], k_new.shape[1], policy.width(named)), dtype=torch.int32)
     return policy.choose(named, call)
+
+
+def _adopt(keys: Tensor, state: list[Tensor], mask: Tensor | None, key: str) -> None:
+    policy, names = _names(key)
+    named, tokens = dict(zip(names, state, strict=True)), keys.shape[2]
+    for x in state:
+        x.zero_()
+    named["first"].copy_(first_column(mask, keys.device).clamp(max=tokens))
+    valid = torch.arange(tokens, device=keys.device) >= named["first"][:, None]
+    policy.adopt(named, keys, valid)
 
 
 def _retrieve_fake(

@@ -384,7 +384,7 @@ def store(
     """Compress ``tokens`` ``[B, H, n, width]`` into a new storage.
 
     positions: integers ``[B, 1 | H, n]``, the column of each token, for layouts with positions; None for 0 .. n.
-    table: for layouts that are ``turned``.
+    table: for layouts that are ``turned``. The state of the layout's selection is zeros yet.
     """
     batch, heads, n, _ = tokens.shape
     buf, mapping = _allocate(layout, batch, heads, grown(n), tokens.device)
@@ -398,6 +398,8 @@ def store(
         slots[..., :n] = columns.to(torch.int32)
     stored = Storage(layout, buf, n, slots, logical if layout.pruned else 0, table=table)
     stored.rest(mapping)
+    if layout.selection is not None:
+        stored.state = layout.selection.allocate(stored.sizes, tokens.device)
     return stored
 
 

@@ -33,6 +33,10 @@ class SummarySelection(Selection):
     reduce: Literal["max", "mean", "softmax"] = "max"
 
     @property
+    def adopts(self) -> bool:
+        return True
+
+    @property
     def covers(self) -> int:  # type: ignore[override]
         return self.entries * self.block
 
