@@ -293,7 +293,8 @@ def _extend_rotary(table: Tensor, cos: Tensor, sin: Tensor, lens: Tensor) -> Non
 
 def _attend_ragged(q: Tensor, *rest: Any) -> Tensor:
     *arguments, plan = rest
-    return ragged.attend(registry.attend(plan), q, *arguments, registry.append_pages(q.device.type))
+    given = (q, *arguments, registry.append_pages(q.device.type))
+    return ragged.attend(registry.attend(plan), *given)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:
