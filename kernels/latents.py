@@ -9,6 +9,11 @@ from . import kv_format
 from .spec import DTYPES, KVFormat
 
 
+def rank_of(density: float, head_dim: int) -> int:
+    """Latents of a head of which the share ``density`` of its numbers stays."""
+    return max(1, int(density * head_dim))
+
+
 def rebuild(latents: Tensor, projection: Tensor, rotary: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """The keys or values ``[B, H, n, D]``, float32, of tokens whose heads hold ``latents`` ``[B, H, n, rank]``.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import kv_format, mixed_precision, ragged, registry, shared_prefix, sparse_prompt
+from . import kv_format, mixed_precision, ragged, registry, shared_prefix, sparse_prompt, staging
 from .fused_spec import FusedSpec
 from .gather_spec import GatherSpec
 from .pick import Pick
@@ -156,8 +156,14 @@ def _attend(
     positions: Tensor | None,
     plan: str,
 ) -> Tensor:
-    out: Tensor = registry.attend(plan)(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
+    out: Tensor = _kernel(plan, q, k_buf)(q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
     return out
+
+
+def _kernel(plan: str, q: Tensor, buf: Tensor) -> Any:
+    """The callable of a plan, for buffers in host memory, too."""
+    run = registry.attend(plan)
+    return partial(staging.attend_whole, run) if staging.is_away(q, buf) else run
 
 
 def _attend_with(
@@ -196,6 +202,8 @@ def _attend_listed(
     args = (q, k_new, v_new, k_buf, v_buf, lens, mask, positions)
     if int(lens[1]) + q.shape[2] <= least:
         return _attend(*args, whole)
+    if staging.is_away(q, k_buf):
+        return staging.attend(registry.attend_staged(plan), Plan.from_key(plan).spec, *args, index)
     out: Tensor = registry.attend(plan)(*args, index)
     return out
 
@@ -259,7 +267,7 @@ def _attend_rotary(
     sin: Tensor,
     plan: str,
 ) -> Tensor:
-    run = registry.attend(plan)
+    run = _kernel(plan, q, k_buf)
     out: Tensor = run(q, k_new, v_new, k_buf, v_buf, lens, mask, positions, None, None, cos, sin)
     return out
 
@@ -316,7 +324,8 @@ def _extend_rotary(table: Tensor, cos: Tensor, sin: Tensor, lens: Tensor) -> Non
 
 def _attend_ragged(q: Tensor, *rest: Any) -> Tensor:
     *arguments, plan = rest
-    return ragged.attend(registry.attend(plan), q, *arguments)
+    given = (q, *arguments, registry.append_pages(q.device.type))
+    return ragged.attend(registry.attend(plan), *given)
 
 
 def _attend_static(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Tensor:

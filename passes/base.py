@@ -67,6 +67,9 @@ class Reason(Enum):
     PRUNED_CLASSES = "tokens are sorted into classes when all are there, not after some were evicted or pruned"
     NO_TABLE = "the rotary embedding of the keys was not recognised, so they cannot be embedded when they are read"
     EVICTING_STEPS = "tokens are evicted between steps, so what is remembered of blocks would not hold"
+    HOST_ALREADY = "the model runs on the CPU, whose memory is the host's; a folder takes the tokens out of it"
+    HOST_CODES = "only tokens in full precision are gathered in host memory; these stay on their device"
+    TWO_FORMATS = "another method stores its tokens in a format of its own, and two are not combined"
     NEEDS_PLAIN_TOKENS = "latents, classes of tokens and heads of different lengths are read whole, not by lists"
     MOVED_TOKENS = "layers that store other tokens than each other cannot read by the same list"
     NO_TOKEN_IDS = "the graph is given embeddings, so the ids of the tokens are not known"
@@ -115,9 +118,10 @@ class SitePlan:
     all. formats: how keys and values are stored, None for dense; factors: of those that are latents. mixing: how tokens
     are sorted into classes with formats of their own. eviction: which tokens stay, None for all. selection: which of
     them a step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay,
-    this one shares. offload: folder of the files that hold the tokens, None for memory. keep: node int64 ``[B, K]``,
-    the columns that survived token pruning in prefill. dropped: the layer never runs in later phases, so nothing of its
-    cache is stored. selector: which blocks of keys a prompt reads, None for all.
+    this one shares. offload: folder of the files that hold the tokens, "host" for host memory, None for that of the
+    device. keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never
+    runs in later phases, so nothing of its cache is stored. selector: which blocks of keys a prompt reads, None for
+    all.
     """
 
     window: int | None = None
@@ -138,6 +142,11 @@ class SitePlan:
     def remembered(self) -> Selection | None:
         """The policy of which the site's own keys carry the state."""
         return self.selection if isinstance(self.selection, Selection) and self.leader is None else None
+
+    @property
+    def is_formatted(self) -> bool:
+        """Whether a method decided in which format tokens are stored."""
+        return self.formats is not None or self.mixing is not None
 
     def reading_all(self) -> SitePlan:
         """This plan without what chooses the tokens that steps read, and without the file they would lie in."""

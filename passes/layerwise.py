@@ -46,6 +46,8 @@ class LayerwiseMethod(Method):
     """Subclasses say which sites they refuse, and what becomes of the others."""
 
     Options: ClassVar[type[LayerwiseOptions]]
+    # Whether it decides in which format tokens are stored.
+    stores: ClassVar[bool] = False
 
     options: LayerwiseOptions
 
@@ -62,6 +64,8 @@ class LayerwiseMethod(Method):
             if (site.index if site.layer is None else site.layer) not in chosen:
                 continue
             decline = self.refuse(site)
+            if decline is None and self.stores and context.plan(site).is_formatted:
+                decline = Decline(site.name, Reason.TWO_FORMATS, f"{self.name} comes second")
             if decline is not None:
                 declines.append(decline)
             elif context.fuel.take():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field, field_validator
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -11,11 +9,16 @@ from torchaccel.runtime.listing import Listing
 
 from .base import Decline, Fidelity, Phase, SitePlan
 from .layerwise import LayerwiseMethod, LayerwiseOptions, refuse_cache
+from .offloading import folder
+
+# As the option offload: the memory of the host.
+HOST = "host"
 
 
 class RetrievingOptions(LayerwiseOptions):
     """dense_layers: first layers that read everything, unless ``layers`` names the ones to treat. offload: a folder;
-    the tokens of the other layers lie in files there, of which steps read what they list."""
+    the tokens of the other layers lie in files there, of which steps read what they list; "host" for the memory of the
+    host, from which a GPU is sent what it lists."""
 
     dense_layers: int = Field(default=2, ge=0)
     offload: str | None = Field(default=None)
@@ -23,9 +26,7 @@ class RetrievingOptions(LayerwiseOptions):
     @field_validator("offload")
     @classmethod
     def _folder(cls, offload: str | None) -> str | None:
-        if offload is not None and not Path(offload).is_dir():
-            raise ValueError("offload names a folder for memory-mapped files, and there is none of this name")
-        return offload
+        return offload if offload == HOST else folder(offload)
 
     def select(self, count: int) -> set[int]:
         chosen = super().select(count)

@@ -191,7 +191,7 @@ class Report:
                 kernels or (record.declined and "inductor") or "-",
                 _counted([s.layout for s in record.sites]) or "-",
                 _megabytes(record.counter.kv_bytes, record.counter.file_bytes)
-                + (f" ({aside / 1e6:.2f} set aside)" if aside else ""),
+                + (f" ({aside / 1e6:.2f} in host memory)" if aside else ""),
                 str(record.linear_layers),
                 str(record.counter.calls),
                 f"{mean:.2f}",

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torchaccel.kernels.latents import rank_of
 from torchaccel.kernels.spec import KVFormat, dtype_name
 
 from torchaccel.calibration.calibrator import Calibrator, Observation, Wanted
@@ -30,11 +31,6 @@ class CSKVOptions(CalibratedOptions, LayerwiseOptions):
     window: Literal[16, 32, 64, 128, 256] = 32
 
     decided: ClassVar[tuple[str, ...]] = ("key_density", "value_density")
-
-
-def rank_of(density: float, head_dim: int) -> int:
-    """Latents of a head."""
-    return max(1, int(density * head_dim))
 
 
 class CSKVCalibrator(Calibrator):
@@ -84,6 +80,7 @@ class CSKV(CalibratedMethod, LayerwiseMethod):
     family = "kv_compression"
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
+    stores = True
     paper = "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios (2024)"
     calibration = "required"
     calibrator = CSKVCalibrator

@@ -6,23 +6,30 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from torchaccel.runtime.eviction import Budget, LateEviction, Prompt, State, Step, best, protect
 
+from ..offloading import Offload, needs_restore
 from .evicting import EvictingMethod, EvictingOptions
 
 
 class LoopServeOptions(EvictingOptions):
     """interval: generated tokens that vote, and calls between evictions. sinks: first tokens that stay. restore: the
-    prompt is set aside in host memory, and what does not stay may come back; without, what is gone is gone."""
+    prompt is set aside in host memory, and what does not stay may come back; without, what is gone is gone. offload: a
+    folder; what is set aside lies in files there."""
 
     default_budget: ClassVar[Budget] = Budget(tokens=1024)
 
     interval: int = Field(default=16, ge=1, le=512)
     sinks: int = Field(default=4, ge=0, le=4096)
     restore: bool = False
+    offload: Offload = None
+
+    @model_validator(mode="after")
+    def _set_aside(self) -> LoopServeOptions:
+        return needs_restore(self)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class LoopServePolicy(LateEviction):
     sinks: int = 4
     restore: bool = False
     grows: bool = False
+    folder: str | None = None
 
     @property
     def step_mass(self) -> bool:  # type: ignore[override]
@@ -85,5 +93,7 @@ class LoopServe(EvictingMethod):
     paper = "LoopServe: An Adaptive Dual-phase LLM Inference Acceleration System for Multi-Turn Dialogues (2025)"
     Options = LoopServeOptions
 
+    options: LoopServeOptions
+
     def policy(self) -> LoopServePolicy:
-        return LoopServePolicy(**self.settings("interval", "sinks", "restore"))
+        return LoopServePolicy(folder=self.options.offload, **self.settings("interval", "sinks", "restore"))

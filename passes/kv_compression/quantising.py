@@ -30,6 +30,7 @@ class QuantisingMethod(LayerwiseMethod):
     family = "kv_compression"
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
+    stores = True
     kind: ClassVar[Literal["int8", "int4", "int2"]] = "int8"
 
     def refuse(self, site: AttentionSite) -> Decline | None:

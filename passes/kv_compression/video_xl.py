@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from torchaccel.runtime.eviction import Budget, Eviction, Prompt, Step, newest_first
 
+from ..offloading import Offload, needs_restore
 from .evicting import EvictingMethod
 from .modality import ImageTokens, ModalityOptions, images
 
@@ -18,7 +19,8 @@ from .modality import ImageTokens, ModalityOptions, images
 class VideoXLOptions(ModalityOptions):
     """chunk: tokens of a chunk. compression: neighbouring tokens that are pooled into one in the chunks that are not
     dense; of images alone where it is known which they are, else of all. window: last queries that ask, and tokens that
-    always stay. restore: the prompt is set aside in host memory, and every further question chooses anew."""
+    always stay. restore: the prompt is set aside in host memory, and every further question chooses anew; offload: a
+    folder, in whose files what is set aside lies then."""
 
     default_budget: ClassVar[Budget] = Budget(ratio=0.5)
 
@@ -26,6 +28,11 @@ class VideoXLOptions(ModalityOptions):
     compression: int = Field(default=4, ge=1, le=64)
     window: int = Field(default=32, ge=1, le=512)
     restore: bool = False
+    offload: Offload = None
+
+    @model_validator(mode="after")
+    def _set_aside(self) -> VideoXLOptions:
+        return needs_restore(self)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class VideoXLPolicy(Eviction):
     window: int = 32
     restore: bool = False
     image_ids: ImageTokens = ()
+    folder: str | None = None
 
     @property
     def last_queries(self) -> int:  # type: ignore[override]
@@ -140,4 +148,4 @@ class VideoXL(EvictingMethod):
 
     def policy(self) -> VideoXLPolicy:
         own = self.settings("chunk", "compression", "window", "restore")
-        return VideoXLPolicy(image_ids=self.options.image_ids, **own)
+        return VideoXLPolicy(image_ids=self.options.image_ids, folder=self.options.offload, **own)

@@ -88,6 +88,7 @@ class ZipCache(LayerwiseMethod):
     family = "kv_compression"
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
+    stores = True
     paper = "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification (2024)"
     Options = ZipCacheOptions
 

@@ -25,6 +25,7 @@ from torchaccel.runtime.recycling import RecycledSelection
 from torchaccel.runtime.selection import Selection
 
 from ..base import Decline, Reason, RewriteContext, SitePlan
+from ..retrieving import HOST
 from .choice import Chooser
 from .choosing import ChoosingLowering
 from .gate import Gate, Judgement, retrieving
@@ -117,6 +118,10 @@ class AttentionLowering:
         if plan.bound is not None and (latent or lists or plan.mixing is not None):
             self.declines.append(Decline(site.name, Reason.BOUND_HEADS))
             plan = replace(plan, window=None, sinks=0, bound=None)
+        if plan.offload == HOST and (self.context.device.type == "cpu" or plan.formats is not None):
+            already = self.context.device.type == "cpu"
+            self.declines.append(Decline(site.name, Reason.HOST_ALREADY if already else Reason.HOST_CODES))
+            plan = replace(plan, offload=None)
         if (not latent and plan.mixing is None) or (plan.eviction is None and plan.keep is None):
             return plan
         self.declines.append(Decline(site.name, Reason.PRUNED_LATENTS if latent else Reason.PRUNED_CLASSES))

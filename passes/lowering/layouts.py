@@ -10,6 +10,7 @@ from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.layout import Layout
 
 from ..base import SitePlan
+from ..retrieving import HOST
 
 
 def layouts_of(site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
@@ -25,7 +26,11 @@ def layouts_of(site: AttentionSite, plan: SitePlan) -> tuple[Layout, Layout]:
         factors if fmt.kind == "latent" else None for fmt, factors in zip((keys, values), plan.factors, strict=True)
     )
     selection = None if plan.dropped else plan.remembered
-    both: dict[str, Any] = {"pruned": pruned, "eviction": plan.eviction, "mixing": mixing, "offload": plan.offload}
+    both: dict[str, Any] = {"pruned": pruned, "eviction": plan.eviction, "mixing": mixing}
+    if plan.offload == HOST:
+        both["home"] = str(site.node.meta["example_value"].device)
+    else:
+        both["offload"] = plan.offload
     return (
         Layout(keys, positions=pruned, selection=selection, factors=of_keys, **both),
         Layout(values, factors=of_values, **both),

@@ -78,11 +78,11 @@ class Retrieval:
         policy, past = layout.selection, site.key_cache.past
         assert policy is not None and past is not None
         plain = not isinstance(past.meta["example_value"], LogicalKV)
-        buf = self.signature.logical(past, layout).buf
+        kv = self.signature.logical(past, layout)
         state = []
         # Not inner tensors of the logical one, whose guards cost time in every call: sizes follow from the buffer's.
-        for name, (shape, dtype) in policy.shapes(sizes(layout.format, buf)).items():
-            example = buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else buf.device)
+        for name, (shape, dtype) in policy.shapes(sizes(layout.format, kv.buf)).items():
+            example = kv.buf.new_empty(shape, dtype=dtype, device="cpu" if name in policy.host else kv.device)
             if plain and len(shape) > 2:
                 torch._dynamo.maybe_mark_dynamic(example, 2)
             state.append(self.signature.placeholder(f"{past.name}_{name}", example))

@@ -8,6 +8,7 @@ from torchaccel.passes.base import Reason
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
 from torchaccel.errors import OffloadError, OptionsError
+from torchaccel.runtime.kv import LogicalKV
 from torchaccel.runtime.layout import Layout
 from torchaccel.runtime.storage import store
 
@@ -66,9 +67,38 @@ def test_tokens_that_are_all_read_stay_in_memory(further, tmp_path):
 
 def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(OptionsError, match="names a folder"):
-        torchaccel.options.resolve({"sparse_attention": QUEST | {"offload": "host"}})
+        torchaccel.options.resolve({"sparse_attention": QUEST | {"offload": "nowhere"}})
     fmt = KVFormat("dense", "float32", 8)
     with pytest.raises(OffloadError, match="with room"):
         store(Layout(fmt, offload=str(tmp_path / "gone")), torch.zeros(1, 1, 9, 8), 9)
     with pytest.raises(OffloadError, match="device meta"):
         store(Layout(fmt, offload=str(tmp_path)), torch.zeros(1, 1, 9, 8, device="meta"), 9)
+
+
+def test_on_the_cpu_host_memory_is_where_it_is():
+    _, fast = compiled("llama", layers=1, options={"sparse_attention": QUEST | {"offload": "host"}})
+    greedy(fast, prompt(1, 60), 2)
+    assert torchaccel.report(fast).declines
+    assert all(Reason.HOST_ALREADY.value in decline for decline in torchaccel.report(fast).declines)
+    counter = torchaccel.report(fast).records[-1].counter
+    assert counter.host_bytes == counter.file_bytes == 0 and counter.kv_bytes > 0
+
+
+def test_tokens_away_from_home():
+    """What a GPU's cache in host memory is, with the CPU for its device: counted apart, read and copied as any."""
+    tokens = torch.randn(2, 2, 123, 6)
+    layout = Layout(KVFormat("dense", "float32", 6), home="cpu")
+    storage = store(layout, tokens, 123)
+    assert (storage.nbytes, storage.host_bytes) == (0, storage.buf.nbytes) and storage.file_bytes == 0
+    assert torch.equal(storage.read(5, 123), tokens[:, :, 5:])
+    copy, start = storage.copy(0, 123, 100, batch=torch.tensor([1, 1]))
+    assert copy.host_bytes == copy.buf.nbytes and torch.equal(copy.read(start, start + 123), tokens[[1, 1]])
+    moved = storage.moved(torch.device("cpu"))
+    assert moved.layout.home is None and moved.nbytes == moved.buf.nbytes and moved.host_bytes == 0
+
+
+def test_a_cache_says_where_it_is_attended_to():
+    layout = Layout(KVFormat("dense", "float32", 6), home="meta")
+    inner = {"buf": torch.zeros(2, 2, 64, 6)}
+    kv = LogicalKV(layout, inner, (2, 2, 9, 6))
+    assert kv.device.type == "meta" and kv.buf.device.type == "cpu" and kv.dense().device.type == "meta"

@@ -110,19 +110,14 @@ def _cost(
     weights = sizes.layer_weights * running + sizes.other_weights
     decode_weights = _linear_ms(sizes, weights, batch, facts, calibration)
     decode_attention = prefill_attention = prefill_flops = kv = 0.0
-    formats = traffic.formats(sizes.dtype, sizes.head_dim)
     # Skipped layers are spread evenly, so every part of the depth loses the same share of them.
     share = running / sizes.layers
     for tokens, layers in traffic.prompt_lengths(sizes.layers, context):
-        each = sum(fmt.token_bytes for fmt in formats)
-        kept = traffic.stored(tokens, sizes.kv_heads * each)
-        spec = traffic.spec("decode", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
-        shape = AttentionShape(batch, sizes.kv_heads, 1, kept + 1, sites=sizes.layers)
-        decode_attention += layers * share * attention_ms(spec, shape, facts, calibration)
-        waiting = min(kept, formats[0].window + formats[0].block / 2) if formats[0].is_quantised else 0.0
-        full = 2 * sizes.head_dim * DTYPES[sizes.dtype].itemsize
-        stored = waiting * full + (kept - waiting) * each
-        kv += batch * layers * share * sizes.kv_heads * stored
+        for part in traffic.parts(tokens, sizes.dtype, sizes.head_dim, sizes.kv_heads, sizes.layers):
+            spec = traffic.spec("decode", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads, part.formats)
+            shape = AttentionShape(batch, sizes.kv_heads, 1, round(part.tokens) + 1, sites=sizes.layers)
+            decode_attention += layers * share * attention_ms(spec, shape, facts, calibration)
+            kv += batch * layers * share * sizes.kv_heads * part.nbytes
         spec = traffic.spec("prefill", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
         shape = AttentionShape(batch, sizes.kv_heads, tokens, tokens, sites=sizes.layers)
         prefill_attention += layers * attention_ms(spec, shape, facts, calibration)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.spec import BITS, AttentionSpec, KVFormat
+from ..kernels.spec import AttentionSpec
+from .stored import FORMATS, Formats, Method, Part, classes, dense, formats, of_heads
 from .symbols import visible_pairs
 
-Method = Mapping[str, Any]
 Methods = Mapping[str, Method | Sequence[Method]]
 
 EVICTING = (
@@ -36,7 +36,7 @@ WINDOWS = ("streaming_llm", "sliding_window")
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),
-    "kv_compression": (*BITS, *EVICTING),
+    "kv_compression": (*FORMATS, *EVICTING, "zipcache", "duo_attention"),
     "sparse_attention": WINDOWS,
 }
 
@@ -104,21 +104,36 @@ class Traffic:
         """(query, key) pairs that causal attention of a prompt of ``tokens`` computes."""
         return int(visible_pairs(tokens, tokens, True, *self.window))
 
-    def formats(self, dtype: str, head_dim: int) -> tuple[KVFormat, KVFormat]:
-        """How keys and values are stored."""
-        method = self._one("kv_compression", *BITS)
-        if method is None:
-            return KVFormat("dense", dtype, head_dim), KVFormat("dense", dtype, head_dim)
-        name = method["method"]
-        chosen = {key: method[key] for key in ("block", "group", "window") if method.get(key) is not None}
-        keys = KVFormat(name, dtype, head_dim, "channel", packing="channel", **chosen)
-        return keys, KVFormat(name, dtype, head_dim, "token", packing="token", **chosen)
+    def formats(self, dtype: str, head_dim: int) -> Formats:
+        """How keys and values are stored, where all are stored alike."""
+        method = self._storing
+        return formats(method, dtype, head_dim) if method and method["method"] in FORMATS else dense(dtype, head_dim)
 
-    def spec(self, phase: Any, dtype: str, head_dim: int, group: int) -> AttentionSpec:
-        """The attention of one layer; a prompt attends over its own keys and values, which are in full precision."""
-        formats = self.formats(dtype, head_dim) if phase == "decode" else Traffic({}).formats(dtype, head_dim)
+    @property
+    def _storing(self) -> Method | None:
+        """The method that decides in which format tokens are stored: the first, as of two the second is declined."""
+        return next((m for m in self._asked("kv_compression") if m["method"] in (*FORMATS, "zipcache")), None)
+
+    def parts(self, tokens: int, dtype: str, head_dim: int, kv_heads: int, layers: int) -> tuple[Part, ...]:
+        """What each of a layer's ``kv_heads`` stores of ``tokens``, on the average of all ``layers``."""
+        storing = self._storing
+        if storing is not None and storing["method"] == "zipcache":
+            return classes(storing, tokens, dtype, head_dim)
+        duo = self._one("kv_compression", "duo_attention")
+        if duo is not None:
+            return (Part(of_heads(duo, tokens, kv_heads * layers), dense(dtype, head_dim), 4),)
+        found = self.formats(dtype, head_dim)
+        kept = self.stored(tokens, kv_heads * sum(fmt.token_bytes for fmt in found))
+        return (Part(kept, found, 4 if self._one("kv_compression", *EVICTING) else 0),)
+
+    def spec(self, phase: Any, dtype: str, head_dim: int, group: int, of: Formats | None = None) -> AttentionSpec:
+        """The attention of one layer, or to a part of its cache that is stored as ``of``.
+
+        A prompt attends over its own keys and values, which are in full precision.
+        """
+        stored = dense(dtype, head_dim) if phase == "prefill" else of or self.formats(dtype, head_dim)
         window, sinks = self.window
-        return AttentionSpec(phase, head_dim, group, dtype, *formats, head_dim**-0.5, window=window, sinks=sinks)
+        return AttentionSpec(phase, head_dim, group, dtype, *stored, head_dim**-0.5, window=window, sinks=sinks)
 
 
 def _partly(method: Method) -> str:

@@ -44,8 +44,8 @@ def decode_floor(work: Work, options: Methods, machine: Machine, *, batch: int, 
     layers = Traffic(options).decode_layers(facts.layers)
     size = DTYPES[facts.dtype].itemsize
     weights = work.layer_weights * layers + work.other_weights
-    visible = _visible(facts, options, context)
-    kv = batch * layers * facts.kv_heads * visible * _token_bytes(facts, options)
+    visible, token_bytes = _visible(facts, options, context)
+    kv = batch * layers * facts.kv_heads * visible * token_bytes
     attention = 4.0 * batch * layers * facts.heads * facts.head_dim * visible
     return _milliseconds(machine, facts.dtype, weights * size + kv, 2.0 * batch * weights + attention)
 
@@ -69,8 +69,8 @@ def attention_floor(
     if Traffic(options).unknown:
         return None
     if decode:
-        visible = _visible(facts, options, context)
-        size = facts.kv_heads * visible * _token_bytes(facts, options)
+        visible, token_bytes = _visible(facts, options, context)
+        size = facts.kv_heads * visible * token_bytes
         pairs = visible
     else:
         # Queries, keys and values are read, the result is written.
@@ -88,15 +88,13 @@ def density(context: int, options: Methods, *, decode: bool) -> float | None:
     return Traffic(options).visible_pairs(context) / Traffic({}).visible_pairs(context)
 
 
-def _visible(facts: ModelFacts, options: Methods, context: int) -> int:
-    """Tokens that a decode step reads: what is stored of the context, as far as attention sees it, and its own."""
+def _visible(facts: ModelFacts, options: Methods, context: int) -> tuple[int, float]:
+    """Tokens that a decode step reads, what is stored of the context as far as attention sees it, and its own; bytes of
+    each in one head, on average."""
     traffic = Traffic(options)
-    return traffic.visible(traffic.stored(context, facts.kv_heads * _token_bytes(facts, options)) + 1)
-
-
-def _token_bytes(facts: ModelFacts, options: Methods) -> float:
-    """Bytes of one token's key and value in one head."""
-    return sum(fmt.token_bytes for fmt in Traffic(options).formats(facts.dtype, facts.head_dim))
+    parts = traffic.parts(context, facts.dtype, facts.head_dim, facts.kv_heads, facts.layers)
+    stored = sum(part.tokens for part in parts)
+    return traffic.visible(round(stored) + 1), sum(part.tokens * part.token_bytes for part in parts) / stored
 
 
 def _milliseconds(machine: Machine, dtype: str, size: float, flops: float) -> float:

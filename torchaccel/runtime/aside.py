@@ -1,13 +1,15 @@
-"""Prompts whose tokens are set aside in host memory, from which a policy may choose anew."""
+"""Prompts whose tokens are set aside in host memory, or in files, from which a policy may choose anew."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from mmap import mmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import offload
 from .eviction import Prompt
 
 
@@ -18,7 +20,7 @@ class Aside:
     prompt: keys and values ``[B', H_kv, S, D]`` in host memory, without queries; it never changes, and copies of a
     cache share it. columns: int64 ``[B', 1, S]``, None where token j is column j. slots: first ones of the storage,
     which hold what is chosen; later tokens lie behind. queries: last ones ``[B, H, m, D]``. rows: int64 ``[B]``, the
-    rows of the prompt that are read, None for all of them.
+    rows of the prompt that are read, None for all of them. mappings: of the files that hold keys and values, if any do.
     """
 
     prompt: Prompt
@@ -26,11 +28,17 @@ class Aside:
     slots: int
     queries: Tensor
     rows: Tensor | None = None
+    mappings: tuple[mmap, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values set aside."""
         return self.prompt.keys.nbytes + self.prompt.values.nbytes
+
+    def rest(self) -> None:
+        """Leave what was read to the files, if there are any."""
+        for mapping in self.mappings:
+            offload.release(mapping)
 
     @property
     def device(self) -> torch.device:
@@ -62,18 +70,32 @@ class Aside:
         return replace(self, queries=queries[rows.to(queries.device)], rows=mine)
 
 
-def set_aside(prompt: Prompt, columns: Tensor | None, slots: int) -> Aside:
-    """Put a prompt aside, of which ``slots`` tokens are stored; columns: see ``Aside``."""
+def set_aside(prompt: Prompt, columns: Tensor | None, slots: int, folder: str | None = None) -> Aside:
+    """Put a prompt aside, of which ``slots`` tokens are stored; columns: see ``Aside``.
+
+    folder: of the files for its tokens, None for memory. Raises ``OffloadError`` where they cannot be made.
+    """
+    mappings: list[mmap] = []
+    keys, values = (_host(x) if folder is None else _filed(x, folder, mappings) for x in (prompt.keys, prompt.values))
     bare = replace(
         prompt,
         queries=prompt.queries[:, :, :0],
-        keys=_host(prompt.keys),
-        values=_host(prompt.values),
+        keys=keys,
+        values=values,
         mass=None,
         plain_queries=None,
         tables=None,
     )
-    return Aside(bare, columns, slots, bare.queries)
+    return Aside(bare, columns, slots, bare.queries, mappings=tuple(mappings))
+
+
+def _filed(tokens: Tensor, folder: str, mappings: list[mmap]) -> Tensor:
+    """A copy in a file, whose mapping is put to the others."""
+    filed, mapping = offload.mapped(tokens.to("meta"), folder)
+    filed.copy_(tokens)
+    offload.release(mapping)
+    mappings.append(mapping)
+    return filed
 
 
 def _host(tokens: Tensor) -> Tensor:

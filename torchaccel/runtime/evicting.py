@@ -55,7 +55,7 @@ def store_prompt(
         state = {name: torch.nn.functional.pad(x, (0, room)) for name, x in policy.state(prompt, kept).items()}
         storage.record = EvictionRecord(state, policy.capacity(prompt))
         if policy.later_queries and storage.record.capacity < prompt.keys.shape[2]:
-            storage.record.aside = set_aside(prompt, whole, kept.shape[2])
+            storage.record.aside = set_aside(prompt, whole, kept.shape[2], policy.folder)
     if layouts[0].selection is not None:
         _remember(storage, layouts[0].selection, prompt, keys, kept)
     return stored, compress(layouts[1], values, logical), kept
@@ -151,7 +151,7 @@ def _recall(keys: LogicalKV, values: Storage, step: Step) -> int:
     assert storage is not None and storage.record is not None and storage.positions is not None
     policy, aside = storage.layout.eviction, storage.record.aside
     assert policy is not None and aside is not None
-    prompt, columns = aside.load(storage.buf.device)
+    prompt, columns = aside.load(storage.device)
     kept = policy.recall(prompt, step, storage.record.capacity)
     if columns is not None:
         columns = columns.expand(-1, kept.shape[1], -1).gather(2, kept)
@@ -162,6 +162,7 @@ def _recall(keys: LogicalKV, values: Storage, step: Step) -> int:
         # What lies behind the prompt stays as it was: it can be cut apart, as before.
         part.refill(torch.cat([stored, part.read(aside.slots, end)], 2), places, part.contiguous_from)
     storage.record.aside = replace(aside, slots=kept.shape[2])
+    aside.rest()
     return places.shape[2]
 
 

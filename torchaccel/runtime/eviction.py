@@ -158,8 +158,8 @@ class Eviction:
     receive is. grows: nothing is evicted after the prompt. unrotated: queries before rotary embedding are wanted.
     token_ids: the tokens' ids are; a prompt without is left as it is. images: which tokens stand for images is, too.
     later_queries: how many of the last queries, of all calls, are wanted to choose anew: the whole prompt is set aside
-    then, and what does not stay may come back. ragged: KV heads keep different numbers of tokens, see
-    ``RaggedEviction``. windows: heads that see a window only.
+    then, and what does not stay may come back; folder: of the files for it, None for memory. ragged: KV heads keep
+    different numbers of tokens, see ``RaggedEviction``. windows: heads that see a window only.
     """
 
     budget: Budget
@@ -171,6 +171,7 @@ class Eviction:
     token_ids: bool = False
     images: bool = False
     later_queries: int = 0
+    folder: str | None = None
     ragged: bool = False
     windows: HeadWindows | None = None
 

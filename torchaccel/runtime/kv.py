@@ -44,8 +44,9 @@ class LogicalKV(Tensor):
     @staticmethod
     def __new__(cls, layout: Layout, inner: Mapping[str, Tensor], size: Any) -> LogicalKV:
         """Wrap the tensors that ``inner_names`` lists; ``size`` is the logical shape."""
+        device = inner["buf"].device if layout.home is None else torch.device(layout.home)
         wrapper: LogicalKV = torch.Tensor._make_wrapper_subclass(
-            cls, size, dtype=DTYPES[layout.format.dtype], device=inner["buf"].device, requires_grad=False
+            cls, size, dtype=DTYPES[layout.format.dtype], device=device, requires_grad=False
         )
         wrapper.kv_layout = layout
         wrapper.physical = None
@@ -108,7 +109,7 @@ class LogicalKV(Tensor):
         """The tokens as a plain tensor ``[B, H_kv, S, D]``; raises ``EvictedTokensError`` when some are gone."""
         if self.physical is None:
             # Tracing with fake tensors: only shape, dtype and device exist.
-            return self.buf.new_empty(self.shape, dtype=self.dtype)
+            return self.buf.new_empty(self.shape, dtype=self.dtype, device=self.device)
         kept = self.physical.stored(self.start, self.end)
         if kept != self.shape[2]:
             raise EvictedTokensError(
@@ -338,7 +339,7 @@ def _to(kv: LogicalKV, *, dtype: torch.dtype | None = None, device: Any = None, 
         return NotImplemented
     own = _clone(kv)
     storage = own.physical
-    if storage is None or device is None or torch.device(device) == storage.buf.device:
+    if storage is None or device is None or torch.device(device) == storage.device:
         return own
     return view(moved(storage, torch.device(device)), own.start, own.end, own.shape[2])
 

@@ -18,9 +18,10 @@ class Layout:
 
     pruned: only some tokens are stored. positions: and each slot carries its logical column (of keys; the values of
     the same slots need none). eviction: the policy by which tokens go. selection: that by which a step chooses what it
-    reads; its state lies with the keys. offload: folder of the file in which the tokens lie, None for memory. prefixes:
-    number of buffers of other storages that hold the first columns. factors: of a format that stores latents. mixing:
-    how all but the newest tokens are sorted into classes.
+    reads; its state lies with the keys. offload: folder of the file in which the tokens lie, None for memory. home:
+    the device that attends to tokens in host memory, None where they lie on it. prefixes: number of buffers of other
+    storages that hold the first columns. factors: of a format that stores latents. mixing: how all but the newest
+    tokens are sorted into classes.
     """
 
     format: KVFormat
@@ -29,6 +30,7 @@ class Layout:
     eviction: Eviction | None = None
     selection: Selection | None = None
     offload: str | None = None
+    home: str | None = None
     prefixes: int = 0
     factors: Factors | None = None
     mixing: Mixing | None = None

@@ -1,4 +1,4 @@
-"""Buffers of caches that lie in a file, mapped into memory: only what is read takes room there."""
+"""Buffers of caches that lie in a file, mapped into memory, or in host memory, away from their device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from torchaccel.kernels.spec import KVFormat
 
 
 def allocate(fmt: KVFormat, rows: int, heads: int, capacity: int, folder: str) -> tuple[Tensor, mmap.mmap]:
-    """A buffer as of ``kv_format.allocate`` in a file of ``folder``, and its mapping.
+    """A buffer as of ``kv_format.allocate`` in a file of ``folder``, and its mapping: see ``mapped``."""
+    return mapped(kv_format.allocate(fmt, rows, heads, capacity, torch.device("meta")), folder)
 
-    The file has no name: it is gone with the buffer. Raises ``OffloadError`` where it cannot be made.
+
+def mapped(sizes: Tensor, folder: str) -> tuple[Tensor, mmap.mmap]:
+    """A tensor of the shape and dtype of ``sizes`` in a file of ``folder``, and its mapping.
+
+    The file has no name: it is gone with the tensor. Raises ``OffloadError`` where it cannot be made.
     """
-    sizes = kv_format.allocate(fmt, rows, heads, capacity, torch.device("meta"))
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(sizes.nbytes)
@@ -29,6 +33,12 @@ def allocate(fmt: KVFormat, rows: int, heads: int, capacity: int, folder: str) -
             "a folder with room in the option offload, or leave it out"
         ) from error
     return torch.frombuffer(mapping, dtype=sizes.dtype).view(sizes.shape), mapping
+
+
+def host(fmt: KVFormat, rows: int, heads: int, capacity: int, device: torch.device) -> Tensor:
+    """A buffer as of ``kv_format.allocate`` in host memory, pinned for a GPU, so that it is read at the full rate."""
+    sizes = kv_format.allocate(fmt, rows, heads, capacity, torch.device("meta"))
+    return torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=device.type == "cuda")
 
 
 def release(mapping: mmap.mmap) -> None:

@@ -1,10 +1,13 @@
 """Methods of the family together: evict, then quantise what stays; a method of its own for some layers."""
 
+import pytest
 import torch
+from torchaccel.passes.base import Reason
 from transformers import DynamicCache
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, phases, prompt
+from tests.models.families import build
 from tests.passes.kv_compression.masked_reference import masked
 from tests.passes.kv_compression.test_snapkv import SnapKVRule
 from torchaccel.cost.traffic import Traffic
@@ -104,3 +107,13 @@ def test_many_steps_compile_nothing_anew():
         _, fast = compiled("llama", layers=1, options={"kv_compression": method, "strict": True})
         greedy(fast, inputs, 512)
         assert phases(fast) == ["prefill", "decode"] and torchaccel.report(fast).recompiles == 0
+
+
+@pytest.mark.parametrize("first", ["int8", "zipcache"])
+def test_two_formats_are_not_combined(first):
+    methods = [{"method": first}, {"method": "int4"}]
+    ids = prompt(1, 20)["input_ids"]
+    with pytest.warns(UserWarning, match="int4 left 1 site"):
+        found = torchaccel.explain(build("llama", layers=1), ids, options={"kv_compression": methods, "gate": False})
+    (decline,) = found.declines
+    assert Reason.TWO_FORMATS.value in decline and "int4 comes second" in decline

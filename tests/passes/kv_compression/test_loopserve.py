@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import pytest
 import torch
 from torchaccel.passes.kv_compression.loopserve import LoopServePolicy
 from transformers import DynamicCache
@@ -11,6 +12,8 @@ import torchaccel
 from tests.e2e.generation import compiled, greedy, phases, prompt
 from tests.passes.kv_compression.a6 import A6, prompt_of
 from tests.passes.kv_compression.masked_reference import Rule, grouped, masked
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 from torchaccel.runtime.eviction import Budget, Step
 
 
@@ -152,3 +155,18 @@ def test_worked_example():
         policy.observe(live, step)
         kept = policy.evict(live, step, 2)
     assert kept.tolist() == [[[1, 3, 6, 7]]]
+
+
+def test_what_is_set_aside_may_lie_in_files(tmp_path):
+    inputs, found = prompt(2, 60, padding=(0, 7)), []
+    for more in ({}, {"offload": str(tmp_path)}):
+        _, fast = compiled("llama", layers=1, options={"kv_compression": RESTORING | more, "strict": True})
+        tokens = greedy(fast, inputs, 20)
+        found.append((tokens, torchaccel.report(fast).records[-1].counter))
+    assert torch.equal(found[0][0], found[1][0])
+    memory, files = found[0][1], found[1][1]
+    assert memory.host_bytes == files.file_bytes == 2 * 2 * 2 * 60 * 16 * 4
+    assert memory.file_bytes == files.host_bytes == 0
+    assert files.kv_bytes == memory.kv_bytes - memory.host_bytes
+    with pytest.raises(OptionsError, match="ask for restore"):
+        resolve({"kv_compression": RESTORING | {"restore": False, "offload": str(tmp_path)}})
