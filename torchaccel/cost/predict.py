@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -113,15 +113,19 @@ def _cost(
     formats = traffic.formats(sizes.dtype, sizes.head_dim)
     # Skipped layers are spread evenly, so every part of the depth loses the same share of them.
     share = running / sizes.layers
-    for tokens, layers in traffic.prompt_lengths(sizes.layers, context):
+    for tokens, layers, treated in traffic.parts(sizes.layers, context):
         each = sum(fmt.token_bytes for fmt in formats)
-        kept = traffic.stored(tokens, sizes.kv_heads * each)
+        kept = traffic.stored(tokens, sizes.kv_heads * each) if treated else tokens
+        retrieving = traffic.retrieving if treated else None
         spec = traffic.spec("decode", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
         shape = AttentionShape(batch, sizes.kv_heads, 1, kept + 1, sites=sizes.layers)
+        if retrieving is not None:
+            shape = replace(shape, density=retrieving.read(kept) / kept)
         decode_attention += layers * share * attention_ms(spec, shape, facts, calibration)
         waiting = min(kept, formats[0].window + formats[0].block / 2) if formats[0].is_quantised else 0.0
         full = 2 * sizes.head_dim * DTYPES[sizes.dtype].itemsize
         stored = waiting * full + (kept - waiting) * each
+        stored += 0.0 if retrieving is None else retrieving.state * kept * full
         kv += batch * layers * share * sizes.kv_heads * stored
         spec = traffic.spec("prefill", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
         shape = AttentionShape(batch, sizes.kv_heads, tokens, tokens, sites=sizes.layers)

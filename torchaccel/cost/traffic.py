@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.spec import BITS, AttentionSpec, KVFormat
+from .retrieving import Retrieving
 from .symbols import visible_pairs
 
 Method = Mapping[str, Any]
@@ -30,12 +31,14 @@ EVICTING = (
     "look_m",
     "video_xl",
     "random",
+    "mpcache",
+    "sentence_kv",
 )
 KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),
     "kv_compression": (*BITS, *EVICTING),
-    "sparse_attention": ("streaming_llm",),
+    "sparse_attention": ("streaming_llm", "quest"),
 }
 
 
@@ -77,6 +80,22 @@ class Traffic:
         return [(context, first), (max(1, round(context * method["keep"])), layers - first)]
 
     @property
+    def retrieving(self) -> Retrieving | None:
+        """What steps read where a method chooses it anew for each; None where no method does."""
+        asked = [*self._asked("sparse_attention"), *self._asked("kv_compression")]
+        return next((found for method in asked if (found := Retrieving.of(method)) is not None), None)
+
+    def parts(self, layers: int, context: int) -> list[tuple[int, int, bool]]:
+        """As ``prompt_lengths``, with first layers apart that a method leaves dense: False for these."""
+        dense = 0 if self.retrieving is None else self.retrieving.dense
+        found = []
+        for tokens, count in self.prompt_lengths(layers, context):
+            first = min(dense, count)
+            dense -= first
+            found += [(tokens, first, False)] * (first > 0) + [(tokens, count - first, True)] * (count > first)
+        return found
+
+    @property
     def window(self) -> tuple[int | None, int]:
         """Window and sinks of sparse attention; (None, 0) for attention to everything."""
         method = self._one("sparse_attention")
@@ -87,6 +106,8 @@ class Traffic:
         method = self._one("kv_compression", *EVICTING)
         if method is None:
             return tokens
+        if method["method"] == "sentence_kv":
+            return min(tokens, int(method["tokens"] * method["factor"]) + method["window"])
         if "tokens" in method:
             return min(tokens, method["tokens"])
         if "ratio" in method:

@@ -44,7 +44,7 @@ def decode_floor(work: Work, options: Methods, machine: Machine, *, batch: int, 
     layers = Traffic(options).decode_layers(facts.layers)
     size = DTYPES[facts.dtype].itemsize
     weights = work.layer_weights * layers + work.other_weights
-    visible = _visible(facts, options, context)
+    visible = _visible_on_average(facts, options, context)
     kv = batch * layers * facts.kv_heads * visible * _token_bytes(facts, options)
     attention = 4.0 * batch * layers * facts.heads * facts.head_dim * visible
     return _milliseconds(machine, facts.dtype, weights * size + kv, 2.0 * batch * weights + attention)
@@ -88,10 +88,22 @@ def density(context: int, options: Methods, *, decode: bool) -> float | None:
     return Traffic(options).visible_pairs(context) / Traffic({}).visible_pairs(context)
 
 
-def _visible(facts: ModelFacts, options: Methods, context: int) -> int:
-    """Tokens that a decode step reads: what is stored of the context, as far as attention sees it, and its own."""
+def _visible(facts: ModelFacts, options: Methods, context: int) -> float:
+    """Tokens that a decode step reads: what is stored of the context, as far as attention sees it, and its own.
+
+    What a method chooses them by counts as tokens, too.
+    """
     traffic = Traffic(options)
-    return traffic.visible(traffic.stored(context, facts.kv_heads * _token_bytes(facts, options)) + 1)
+    stored = traffic.stored(context, facts.kv_heads * _token_bytes(facts, options)) + 1
+    return traffic.visible(stored) if traffic.retrieving is None else traffic.retrieving.read(stored)
+
+
+def _visible_on_average(facts: ModelFacts, options: Methods, context: int) -> float:
+    """As ``_visible``, over all layers, of which a method may leave the first ones dense."""
+    retrieving = Traffic(options).retrieving
+    dense = 0 if retrieving is None else min(retrieving.dense, facts.layers)
+    treated = _visible(facts, options, context)
+    return treated + (context + 1 - treated) * dense / facts.layers
 
 
 def _token_bytes(facts: ModelFacts, options: Methods) -> float:
