@@ -18,6 +18,7 @@ from torchaccel.cost.devices import device_facts
 from torchaccel.cost.model import ModelSizes
 from torchaccel.cost.predict import predict_model
 from torchaccel.cost.traffic import Traffic
+from torchaccel.options import resolve
 
 # Llama 3.1 8B: 7.5 billion weights are read for a token, 8.03 billion are stored.
 SIZES = ModelSizes("bfloat16", 32, 32, 8, 128, 218_103_808, 525_336_576, 16_060_522_496)
@@ -68,6 +69,29 @@ def test_every_method_helps_where_it_should(
         assert low * 0.999 <= ratio <= high * 1.001, f"{name} of {options}: {ratio}"
 
 
+def test_retrieving_reads_lists_and_what_they_are_chosen_by() -> None:
+    """Bytes of the specification: of 32 layers 2 are dense; bounds of pages of 16 tokens are an eighth of the keys."""
+    whole = predict_model(SIZES, {"batch": 8, "context": 65536}, {}, "h100").exact
+
+    def ratios(family: str, **method: Any) -> tuple[float, float]:
+        options = resolve({family: method}).requested()
+        found = predict_model(SIZES, {"batch": 8, "context": 65536}, {family: options[family]}, "h100").asked
+        return found.decode_attention_ms / whole.decode_attention_ms, found.kv_bytes / whole.kv_bytes
+
+    time, size = ratios("sparse_attention", method="quest", tokens=4096)
+    assert time == pytest.approx(2 / 32 + 30 / 32 / 8, rel=0.15) and size == pytest.approx(1 + 30 / 32 / 16, rel=1e-3)
+    assert ratios("sparse_attention", method="quest", tokens=65536)[0] == pytest.approx(1)
+    # Tokens that stay carry their column in 4 bytes, beside 512 of keys and values.
+    column = 4 / 512
+    time, size = ratios("kv_compression", method="mpcache", ratio=0.5, share=2, dense_layers=0)
+    assert time == pytest.approx(0.5 * (0.2 + 3 / 64), rel=0.15)
+    assert size == pytest.approx(0.5 * (1 + 3 / 64 + column), rel=1e-3)
+    time, size = ratios("kv_compression", method="sentence_kv", tokens=2048, factor=4.0, window=32)
+    stored = (4 * 2048 + 32) / 65536
+    assert time == pytest.approx(2048 / 65536 + stored / 8, rel=0.25)
+    assert size == pytest.approx(stored * (9 / 8 + column), rel=1e-3)
+
+
 def test_it_says_when_nothing_fits() -> None:
     notes = predict_model(SIZES, {"batch": 8, "context": 131072}, {}, "rtx4090").notes
     assert any(note.startswith("does not fit: 153.5 GB of weights and cache, 24.0 GB of memory") for note in notes)
@@ -99,8 +123,8 @@ def test_facts_can_be_given() -> None:
 
 
 def test_what_is_not_modelled_is_refused() -> None:
-    with pytest.raises(ValueError, match="sparse_attention: quest"):
-        predict_model(SIZES, 10, {"sparse_attention": {"method": "quest"}}, "h200")
+    with pytest.raises(ValueError, match="sparse_attention: minference"):
+        predict_model(SIZES, 10, {"sparse_attention": {"method": "minference"}}, "h200")
     with pytest.raises(ValueError, match="int8 on some of the layers"):
         predict_model(SIZES, 10, {"kv_compression": {"method": "int8", "layers": "0-3"}}, "h200")
     with pytest.raises(ValueError, match="unknown device 'h2000'; the nearest is 'h200'"):

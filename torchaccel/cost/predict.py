@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -112,12 +112,17 @@ def _cost(
     decode_attention = prefill_attention = prefill_flops = kv = 0.0
     # Skipped layers are spread evenly, so every part of the depth loses the same share of them.
     share = running / sizes.layers
-    for tokens, layers in traffic.prompt_lengths(sizes.layers, context):
-        for part in traffic.parts(tokens, sizes.dtype, sizes.head_dim, sizes.kv_heads, sizes.layers):
+    for tokens, layers, treated in traffic.depths(sizes.layers, context):
+        lists = traffic.retrieving if treated else None
+        for part in traffic.parts(tokens, sizes.dtype, sizes.head_dim, sizes.kv_heads, sizes.layers, treated):
             spec = traffic.spec("decode", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads, part.formats)
             shape = AttentionShape(batch, sizes.kv_heads, 1, round(part.tokens) + 1, sites=sizes.layers)
+            remembered = 0.0
+            if lists is not None:
+                shape = replace(shape, density=lists.read(part.tokens) / part.tokens)
+                remembered = lists.state * part.tokens * 2 * sizes.head_dim * DTYPES[sizes.dtype].itemsize
             decode_attention += layers * share * attention_ms(spec, shape, facts, calibration)
-            kv += batch * layers * share * sizes.kv_heads * part.nbytes
+            kv += batch * layers * share * sizes.kv_heads * (part.nbytes + remembered)
         spec = traffic.spec("prefill", sizes.dtype, sizes.head_dim, sizes.heads // sizes.kv_heads)
         shape = AttentionShape(batch, sizes.kv_heads, tokens, tokens, sites=sizes.layers)
         prefill_attention += layers * attention_ms(spec, shape, facts, calibration)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.spec import AttentionSpec
+from .retrieving import Retrieving
 from .stored import FORMATS, Formats, Method, Part, classes, dense, formats, of_heads
 from .symbols import visible_pairs
 
@@ -30,6 +31,8 @@ EVICTING = (
     "look_m",
     "video_xl",
     "random",
+    "mpcache",
+    "sentence_kv",
 )
 # Those of sparse attention that are a window, everywhere and always.
 WINDOWS = ("streaming_llm", "sliding_window")
@@ -37,7 +40,7 @@ KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),
     "kv_compression": (*FORMATS, *EVICTING, "zipcache", "duo_attention"),
-    "sparse_attention": WINDOWS,
+    "sparse_attention": (*WINDOWS, "quest"),
 }
 
 
@@ -79,6 +82,22 @@ class Traffic:
         return [(context, first), (max(1, round(context * method["keep"])), layers - first)]
 
     @property
+    def retrieving(self) -> Retrieving | None:
+        """What steps read where a method chooses it anew for each; None where no method does."""
+        asked = [*self._asked("sparse_attention"), *self._asked("kv_compression")]
+        return next((found for method in asked if (found := Retrieving.of(method)) is not None), None)
+
+    def depths(self, layers: int, context: int) -> list[tuple[int, int, bool]]:
+        """As ``prompt_lengths``, with first layers apart that a method leaves dense: False for these."""
+        dense = 0 if self.retrieving is None else self.retrieving.dense
+        found = []
+        for tokens, count in self.prompt_lengths(layers, context):
+            first = min(dense, count)
+            dense -= first
+            found += [(tokens, first, False)] * (first > 0) + [(tokens, count - first, True)] * (count > first)
+        return found
+
+    @property
     def window(self) -> tuple[int | None, int]:
         """Window and sinks of sparse attention; (None, 0) for attention to everything."""
         method = self._one("sparse_attention", *WINDOWS)
@@ -89,6 +108,8 @@ class Traffic:
         method = self._one("kv_compression", *EVICTING)
         if method is None:
             return tokens
+        if method["method"] == "sentence_kv":
+            return min(tokens, int(method["tokens"] * method["factor"]) + method["window"])
         if "tokens" in method:
             return min(tokens, method["tokens"])
         if "ratio" in method:
@@ -114,8 +135,13 @@ class Traffic:
         """The method that decides in which format tokens are stored: the first, as of two the second is declined."""
         return next((m for m in self._asked("kv_compression") if m["method"] in (*FORMATS, "zipcache")), None)
 
-    def parts(self, tokens: int, dtype: str, head_dim: int, kv_heads: int, layers: int) -> tuple[Part, ...]:
-        """What each of a layer's ``kv_heads`` stores of ``tokens``, on the average of all ``layers``."""
+    def parts(
+        self, tokens: int, dtype: str, head_dim: int, kv_heads: int, layers: int, treated: bool = True
+    ) -> tuple[Part, ...]:
+        """What each of a layer's ``kv_heads`` stores of ``tokens``, on the average of all ``layers``.
+
+        treated: as ``depths`` has it.
+        """
         storing = self._storing
         if storing is not None and storing["method"] == "zipcache":
             return classes(storing, tokens, dtype, head_dim)
@@ -123,8 +149,10 @@ class Traffic:
         if duo is not None:
             return (Part(of_heads(duo, tokens, kv_heads * layers), dense(dtype, head_dim), 4),)
         found = self.formats(dtype, head_dim)
-        kept = self.stored(tokens, kv_heads * sum(fmt.token_bytes for fmt in found))
-        return (Part(kept, found, 4 if self._one("kv_compression", *EVICTING) else 0),)
+        evicting = self._one("kv_compression", *EVICTING)
+        if evicting is None or (not treated and Retrieving.of(evicting) is not None):
+            return (Part(tokens, found),)
+        return (Part(self.stored(tokens, kv_heads * sum(fmt.token_bytes for fmt in found)), found, 4),)
 
     def spec(self, phase: Any, dtype: str, head_dim: int, group: int, of: Formats | None = None) -> AttentionSpec:
         """The attention of one layer, or to a part of its cache that is stored as ``of``.

@@ -44,8 +44,8 @@ def decode_floor(work: Work, options: Methods, machine: Machine, *, batch: int, 
     layers = Traffic(options).decode_layers(facts.layers)
     size = DTYPES[facts.dtype].itemsize
     weights = work.layer_weights * layers + work.other_weights
-    visible, token_bytes = _visible(facts, options, context)
-    kv = batch * layers * facts.kv_heads * visible * token_bytes
+    visible, read = _read_on_average(facts, options, context)
+    kv = batch * layers * facts.kv_heads * read
     attention = 4.0 * batch * layers * facts.heads * facts.head_dim * visible
     return _milliseconds(machine, facts.dtype, weights * size + kv, 2.0 * batch * weights + attention)
 
@@ -69,13 +69,12 @@ def attention_floor(
     if Traffic(options).unknown:
         return None
     if decode:
-        visible, token_bytes = _visible(facts, options, context)
-        size = facts.kv_heads * visible * token_bytes
-        pairs = visible
+        pairs, read = _read(facts, options, context)
+        size = facts.kv_heads * read
     else:
         # Queries, keys and values are read, the result is written.
         size = 2.0 * (facts.heads + facts.kv_heads) * context * facts.head_dim * DTYPES[facts.dtype].itemsize
-        pairs = Traffic(options).visible_pairs(context)
+        pairs = float(Traffic(options).visible_pairs(context))
     return _milliseconds(machine, facts.dtype, batch * size, 4.0 * batch * facts.heads * facts.head_dim * pairs)
 
 
@@ -88,13 +87,26 @@ def density(context: int, options: Methods, *, decode: bool) -> float | None:
     return Traffic(options).visible_pairs(context) / Traffic({}).visible_pairs(context)
 
 
-def _visible(facts: ModelFacts, options: Methods, context: int) -> tuple[int, float]:
-    """Tokens that a decode step reads, what is stored of the context as far as attention sees it, and its own; bytes of
-    each in one head, on average."""
+def _read(facts: ModelFacts, options: Methods, context: int, *, treated: bool = True) -> tuple[float, float]:
+    """Tokens that a decode step reads: what is stored of the context, as far as attention sees it, and its own, and
+    their bytes in one head.
+
+    What a method chooses them by counts as tokens, too. treated: as ``Traffic.depths`` has it.
+    """
     traffic = Traffic(options)
-    parts = traffic.parts(context, facts.dtype, facts.head_dim, facts.kv_heads, facts.layers)
+    parts = traffic.parts(context, facts.dtype, facts.head_dim, facts.kv_heads, facts.layers, treated)
     stored = sum(part.tokens for part in parts)
-    return traffic.visible(round(stored) + 1), sum(part.tokens * part.token_bytes for part in parts) / stored
+    lists = traffic.retrieving if treated else None
+    visible = float(traffic.visible(round(stored) + 1)) if lists is None else lists.read(round(stored) + 1)
+    return visible, visible * sum(part.tokens * part.token_bytes for part in parts) / stored
+
+
+def _read_on_average(facts: ModelFacts, options: Methods, context: int) -> tuple[float, float]:
+    """As ``_read``, over all layers, of which a method may leave the first ones dense."""
+    lists = Traffic(options).retrieving
+    dense = 0.0 if lists is None else min(lists.dense, facts.layers) / facts.layers
+    treated, rest = (_read(facts, options, context, treated=which) for which in (True, False))
+    return treated[0] + (rest[0] - treated[0]) * dense, treated[1] + (rest[1] - treated[1]) * dense
 
 
 def _milliseconds(machine: Machine, dtype: str, size: float, flops: float) -> float:

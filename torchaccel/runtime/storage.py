@@ -14,7 +14,7 @@ from torchaccel.errors import OffloadError
 from torchaccel.kernels import kv_format, latents, registry, rotation
 from torchaccel.kernels.spec import DTYPES, KVFormat
 
-from . import offload
+from . import huge_pages, offload
 from .eviction import EvictionRecord, State
 from .layout import Layout
 from .rotary_table import RotaryTable
@@ -410,7 +410,9 @@ def _allocate(layout: Layout, rows: int, heads: int, capacity: int, device: torc
     if layout.home is not None:
         return offload.host(layout.format, rows, heads, capacity, torch.device(layout.home)), None
     if layout.offload is None or layout.format.kind == "empty":
-        return kv_format.allocate(layout.format, rows, heads, capacity, device), None
+        buf = kv_format.allocate(layout.format, rows, heads, capacity, device)
+        huge_pages.advise(buf)
+        return buf, None
     if device.type != "cpu":
         raise OffloadError(
             f"asked to keep a KV cache of device {device} in a file of {layout.offload!r}, which only CPUs can read; "
