@@ -10,6 +10,8 @@ from tests.e2e.generation import all_lowered, compiled, greedy, phases, prompt
 from tests.models.families import build
 from tests.passes.listed_reference import Lister, listing
 from tests.runtime.test_adoption import continued, plain_cache
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 from torchaccel.runtime.labels import LabelSelection
 from torchaccel.runtime.selection import Call, Selection, Sizes
 
@@ -203,5 +205,5 @@ def test_calibration_ranks_by_all_text(ranking):
 
 def test_options_are_checked(plan):
     for wrong in ({"density": 0}, {"tokens": 0}, {"ranking": "v"}, {"plan": plan, "ranking": "k"}):
-        with pytest.raises(torchaccel.errors.OptionsError, match=list(wrong)[-1]):
-            torchaccel.options.resolve({"sparse_attention": {"method": "double_sparsity", **wrong}})
+        with pytest.raises(OptionsError, match=list(wrong)[-1]):
+            resolve({"sparse_attention": {"method": "double_sparsity", **wrong}})

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-import torchaccel
 from tests.e2e.generation import all_lowered, compiled, greedy, phases, prompt
 from tests.passes.listed_reference import Lister, listing
 from tests.runtime.test_adoption import continued, plain_cache
+from torchaccel.errors import OptionsError
+from torchaccel.options import resolve
 from torchaccel.runtime.recycling import RecycledSelection
 from torchaccel.runtime.selection import Selection, Sizes, copied
 
@@ -170,5 +171,5 @@ def test_queries_that_turn_away_ask_for_a_full_step():
 
 def test_options_are_checked():
     for wrong in ({"stride": 0}, {"tokens": 0}, {"schedule": "never"}, {"similarity": 2}):
-        with pytest.raises(torchaccel.errors.OptionsError, match=next(iter(wrong))):
-            torchaccel.options.resolve({"sparse_attention": {"method": "recycled_attention", **wrong}})
+        with pytest.raises(OptionsError, match=next(iter(wrong))):
+            resolve({"sparse_attention": {"method": "recycled_attention", **wrong}})
