@@ -136,6 +136,15 @@ PROMPT_CASES = [
         200,
         poison=True,
     ),
+    PromptCase(
+        "antidiagonal_softcap",
+        PromptSelectionSpec("antidiagonal", 42, 2, "float32", 0.6, 5, 24, 8, mass=0.7, softcap=1.5),
+        150,
+        poison=True,
+    ),
+    PromptCase(
+        "prompt_mean_softcap", PromptSelectionSpec("mean", 64, 2, "bfloat16", 1.0, 4, 16, mass=0.7, softcap=0.4), 123
+    ),
     PromptCase("prompt_of_one", PromptSelectionSpec("mean", 64, 2, "float32", 0.125, 5, 64), 1),
 ]
 
