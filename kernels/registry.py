@@ -245,8 +245,8 @@ def append_pages(device: str) -> Callable[..., None]:
     if device == "cpu":
         from .cpp.compile import missing_toolchain
 
-        # At 16k tokens, of which 4 heads keep a quarter, attention takes 91 us with it, 108 us with stock operators; when
-        # the caches were emptied, as by a model's weights, 0.23-0.31 ms and 0.40-0.45 ms (minima of a busy core).
+        # At 16k tokens, of which 4 heads keep a quarter, attention takes 91 us with it, 108 us with stock operators;
+        # with emptied caches, as a model's weights leave them, 0.23-0.31 ms and 0.40-0.45 ms (a busy core's minima).
         if missing_toolchain() is None:
             from .cpp.append_pages import append_pages as generated
 
