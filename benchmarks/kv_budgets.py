@@ -78,7 +78,7 @@ def main() -> None:
     if asked.plot:
         draw(merged, asked.plot)
     if asked.table:
-        tabulate(merged, asked.table)
+        tabulate(merged, asked.table, "kv_budgets.py")
 
 
 def parts(asked: argparse.Namespace) -> dict[str, list[Any]]:
@@ -87,8 +87,8 @@ def parts(asked: argparse.Namespace) -> dict[str, list[Any]]:
     for name in (*BOUNDED[1:], *GROWING[1:]):
         found[name] = list(evicting(name))
     found["sentence_kv"] = [{"method": "sentence_kv", "tokens": 138, "ends": list(SENTENCE_ENDS)}]
-    found["bits"] = [{"method": name} for name in ("int8", "int4", "int2", "gear", "turboquant")]
-    found["bits"] += [{"method": "turboquant", "key_bits": bits, "value_bits": 2} for bits in (4, 2)]
+    found |= {name: [{"method": name}] for name in ("int8", "int4", "int2", "gear", "turboquant")}
+    found["turboquant"] += [{"method": "turboquant", "key_bits": bits, "value_bits": 2} for bits in (4, 2)]
     found["zipcache"] = [{"method": "zipcache", "interval": 32, "ratio": ratio} for ratio in (0.4, 0.8)]
     found["compositions"] = [
         [{"method": "snapkv", "tokens": growing(share)}, {"method": name}]

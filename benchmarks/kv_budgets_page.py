@@ -1,16 +1,19 @@
-"""The figure and the table of ``kv_budgets.py``, from its results document."""
+"""The figure and the table of ``kv_budgets.py`` and ``kv_policies.py``, from a results document."""
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from torchaccel.evaluation.intervals import paired_ratio
+
 # Losses below it are drawn on it: a logarithmic axis has no zero.
 FLOOR = 1e-4
-BEGIN, END = "<!-- table of benchmarks/kv_budgets.py -->", "<!-- end of the table -->"
+BEGIN, END = "<!-- table of benchmarks/{} -->", "<!-- end of the table of benchmarks/{} -->"
 HEAD = (
-    "| method | KV bytes | perplexity | 95 % | KL | top 1 | recall |",
+    "| method | KV bytes | perplexity over exact | over random of the size | KL | top 1 | recall |",
     "|---|---|---|---|---|---|---|",
 )
 
@@ -31,14 +34,14 @@ def setting_of(row: dict[str, Any]) -> str:
         f"{key} {value}"
         for one in (asked if isinstance(asked, list) else [asked])
         for key, value in one.items()
-        if key in ("tokens", "ratio", "key_bits", "value_bits", "key_density")
+        if key in ("tokens", "ratio", "key_bits", "value_bits", "key_density", "value_norm", "entropy")
     ]
     return ", ".join(told).replace("_", " ")
 
 
 def recall_of(row: dict[str, Any]) -> float:
-    """The mean over the tasks."""
-    return mean(row["fidelity"]["recall"].values())
+    """The mean over the tasks; not a number where nothing was asked."""
+    return mean(row["fidelity"]["recall"].values()) if row["fidelity"]["recall"] else nan
 
 
 def measured(document: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -48,25 +51,50 @@ def measured(document: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, A
     return exact, [row for row in rows if row is not exact]
 
 
-def tabulate(document: dict[str, Any], path: Path) -> None:
-    """Put the table between the marks in the Markdown file at ``path``."""
+def tabulate(document: dict[str, Any], path: Path, script: str) -> None:
+    """Put the table between the marks of ``script`` in the Markdown file at ``path``."""
     exact, rows = measured(document)
-    lines = [line_of(row, exact) for row in (exact, *rows)]
+    lines = [line_of(row, exact, floor_of(row, rows)) for row in (exact, *rows)]
     text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text("\n".join((before + BEGIN, "", *HEAD, *lines, "", END + after)), encoding="utf-8")
+    begin, end = BEGIN.format(script), END.format(script)
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    path.write_text("\n".join((before + begin, "", *HEAD, *lines, "", end + after)), encoding="utf-8")
 
 
-def line_of(row: dict[str, Any], exact: dict[str, Any]) -> str:
+def floor_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Random eviction of as many tokens, and at the same times."""
+    asked = row["options"].get("kv_compression")
+    if not isinstance(asked, dict) or "tokens" not in asked:
+        return None
+    same = (one for one in rows if name_of(one).startswith("random"))
+    return next((one for one in same if one["options"]["kv_compression"]["tokens"] == asked["tokens"]), None)
+
+
+def line_of(row: dict[str, Any], exact: dict[str, Any], floor: dict[str, Any] | None) -> str:
     """A row of the table."""
     fidelity = row["fidelity"]
-    low, high = fidelity["perplexity_ratio_ci95"]
     setting = setting_of(row)
     name = f"`{name_of(row)}`" + (f" {setting}" if setting else "")
     share = row["kv_bytes"] / exact["kv_bytes"]
-    told = f"{fidelity['perplexity_ratio']:.3f} | {low:.3f}-{high:.3f} | {fidelity['kl']:.3f} | {fidelity['top1']:.2f}"
-    return f"| {name} | {share:.3f} | {told} | {recall_of(row):.2f} |"
+    told = interval(fidelity["perplexity_ratio"], fidelity["perplexity_ratio_ci95"])
+    over = "" if floor is None or floor is row else over_floor(row, floor)
+    recall = "" if not fidelity["recall"] else f"{recall_of(row):.2f}"
+    return f"| {name} | {share:.3f} | {told} | {over} | {fidelity['kl']:.3f} | {fidelity['top1']:.2f} | {recall} |"
+
+
+def over_floor(row: dict[str, Any], floor: dict[str, Any]) -> str:
+    """Perplexity over that of the floor, paired over windows where they are known."""
+    windows = [one["details"].get("windows") for one in (row, floor)]
+    if None in windows:
+        return f"{row['fidelity']['perplexity_ratio'] / floor['fidelity']['perplexity_ratio']:.3f}"
+    ours, theirs = (one["nll"] for one in windows)
+    return interval(*paired_ratio([a - b for a, b in zip(ours, theirs, strict=True)]))
+
+
+def interval(value: float, bounds: list[float] | None) -> str:
+    """A value and its bounds."""
+    return f"{value:.3f}" if bounds is None else f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

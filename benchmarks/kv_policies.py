@@ -58,10 +58,6 @@ def main() -> None:
     wanted = asked.methods.split(",") if asked.methods else dict.fromkeys((*BOUNDED, *GROWING))
     arms += [Arm(one, loaded.model) for name in wanted for one in evicting(name)]
     windows = cut_windows(read_texts(asked.text), loaded.tokenizer, WINDOW, asked.windows)
-    for part in windows.split(8):
-        read(arms, part)
-        print(f"read {len(arms[0].nll)} windows", file=sys.stderr, flush=True)
-    ask(arms, loaded.tokenizer, asked.questions)
     case = {"kind": "policies", "window": WINDOW, "prompt": PROMPT, "windows": len(windows), "text": asked.text.name}
     found = {
         "command": ["python", *sys.argv],
@@ -69,13 +65,18 @@ def main() -> None:
         "machine": machine.to_dict(),
         "model": model_facts(loaded).to_dict(),
         "case": case | {"questions": asked.questions * len(DEPTHS) * len(TASKS)},
-        "results": [arm.row(arms[0]) for arm in arms],
     }
+    for part in windows.split(8):
+        read(arms, part)
+        print(f"read {len(arms[0].nll)} windows", file=sys.stderr, flush=True)
+        write_document(found | {"results": [arm.row(arms[0]) for arm in arms]}, asked.json)
+    ask(arms, loaded.tokenizer, asked.questions)
+    found["results"] = [arm.row(arms[0]) for arm in arms]
     write_document(found, asked.json)
     if asked.plot:
         draw(found, asked.plot)
     if asked.table:
-        tabulate(found, asked.table)
+        tabulate(found, asked.table, "kv_policies.py")
 
 
 class Arm:
@@ -124,7 +125,7 @@ class Arm:
         ratio, interval = paired_ratio([ours - truth for ours, truth in zip(self.nll, exact.nll, strict=True)])
         fidelity = {"perplexity": exp(mean(self.nll)), "perplexity_ratio": ratio, "perplexity_ratio_ci95": interval}
         fidelity |= {"kl": mean(self.kl), "top1": mean(self.top1)}
-        fidelity |= {"recall": {name: mean(right) for name, right in self.right.items()}}
+        fidelity |= {"recall": {name: mean(right) for name, right in self.right.items() if right}}
         row = {"options": self.options, "status": "ok", "kv_bytes": self.bytes, "fidelity": fidelity}
         windows = {"nll": self.nll, "kl": self.kl}
         return {"variant": f"policy:{name_of(row)}", **row, "details": {"windows": windows, "right": self.right}}
