@@ -41,11 +41,13 @@ INTERVAL = 16
 GROWING = ("random", "snapkv", "pyramidkv", "adakv", "expected_attention", "mpcache", "loopserve")
 # Evict while decoding as well.
 BOUNDED = ("random", "streaming_llm", "h2o", "tova", "critic", "lazy_eviction")
-OWN: Mapping[str, dict[str, Any]] = {
-    "mpcache": {"dense_layers": 0},
-    "loopserve": {"interval": INTERVAL},
-    "critic": {"interval": INTERVAL},
-    "lazy_eviction": {"window": INTERVAL},
+# Options beside the budget; a method is taken with each of several.
+OWN: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "mpcache": ({"dense_layers": 0},),
+    "loopserve": ({"interval": INTERVAL},),
+    "critic": ({"interval": INTERVAL},),
+    "lazy_eviction": ({"window": INTERVAL},),
+    "expected_attention": ({}, {"value_norm": False}),
 }
 # Tokens of the demo model that end a sentence: . ! ? line breaks and ."
 SENTENCE_ENDS = (15, 2, 32, 200, 762, 376)
@@ -104,13 +106,13 @@ def parts(asked: argparse.Namespace) -> dict[str, list[Any]]:
 
 def evicting(name: str) -> Iterator[dict[str, Any]]:
     """The method at all shares; random eviction both ways."""
-    for share in SHARES:
+    for own, share in ((own, share) for own in OWN.get(name, ({},)) for share in SHARES):
         if name in GROWING:
-            yield {"method": name, "tokens": growing(share), **OWN.get(name, {})}
+            yield {"method": name, "tokens": growing(share), **own}
         if name in BOUNDED:
-            own = {"decoding": True, "interval": INTERVAL} if name == "random" else OWN.get(name, {})
+            late = {"decoding": True, "interval": INTERVAL} if name == "random" else own
             # A buffer has a sixteenth of slack above what is stored, up to a multiple of 64.
-            yield {"method": name, "tokens": int(share * WINDOW) - 24 - (8 if share == 0.5 else 0), **own}
+            yield {"method": name, "tokens": int(share * WINDOW) - 24 - (8 if share == 0.5 else 0), **late}
 
 
 def growing(share: float) -> int:
