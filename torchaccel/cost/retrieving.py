@@ -20,7 +20,7 @@ class Retrieving:
     part: float
     state: float
 
-    def read(self, tokens: int) -> float:
+    def read(self, tokens: float) -> float:
         """How many of ``tokens`` stored ones a step reads, what they are chosen by counted as tokens, too."""
         chosen = self.listed + self.part * tokens
         return tokens if chosen >= tokens else min(tokens, chosen + self.state * tokens)
