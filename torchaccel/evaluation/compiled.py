@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..options import resolve
 from .results import Result
 from .runner import Runner
 from .variants import methods_of, requested
@@ -30,7 +31,8 @@ class Compiled(Runner):
         asked = requested(self.options)
         # Reports go by parameters, which all variants share: the options tell whose a record is.
         report = torchaccel.report(model)
-        report = replace(report, records=[r for r in report.records if r.requested == asked])
+        ours = resolve(self.options).requested()  # settings such as gate included
+        report = replace(report, records=[r for r in report.records if r.requested == ours])
         result.graphs = report.graphs
         result.recompiles = report.recompiles
         result.effective = report.effective
