@@ -39,7 +39,7 @@ def test_capped_scores_and_layers_with_windows_of_their_own():
             rule,
             tokens=TOKENS,
             padding=(0, 6),
-            new=4,
+            new=24,
             family="gemma2",
             strict=False,
             attn_logit_softcapping=2.0,
