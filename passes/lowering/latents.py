@@ -142,3 +142,8 @@ class LatentLowering:
         mode = fake_mode(self.graph)
         node.meta["example_value"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
         return node
+
+
+def latent(keys: Layout, values: Layout) -> bool:
+    """Whether keys or values are stored as latents."""
+    return keys.factors is not None or values.factors is not None
