@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from torchaccel.runtime.eviction import EVERY_QUERY, Budget, Eviction, Prompt, State, Step, best
+from torchaccel.runtime.eviction import EVERY_QUERY, Budget, Eviction, Prompt, State, Step, best, newest_first, protect
 
 from .evicting import EvictingMethod, EvictingOptions
 
@@ -19,11 +19,13 @@ EPSILON = 1e-9
 
 
 class CriticOptions(EvictingOptions):
-    """entropy: weight of a token's own entropy against the attention it receives. interval: calls between evictions."""
+    """entropy: weight of a token's own entropy against the attention it receives. recent: share of the budget for the
+    most recent tokens, whatever they score. interval: calls between evictions."""
 
     default_budget: ClassVar[Budget] = Budget(ratio=0.5)
 
     entropy: float = Field(default=0.5, ge=0.0, le=1.0)
+    recent: float = Field(default=0.5, ge=0.0, le=1.0)
     interval: int = Field(default=64, ge=1, le=512)
 
 
@@ -38,6 +40,7 @@ class CriticPolicy(Eviction):
 
     budget: Budget
     entropy: float = 0.5
+    recent: float = 0.5
     interval: int = 64
     last_queries: int = EVERY_QUERY
     step_mass: bool = True
@@ -45,7 +48,8 @@ class CriticPolicy(Eviction):
 
     def score(self, prompt: Prompt) -> Tensor:
         received, spread = self._prompt(prompt)
-        return self._blend(received, spread, prompt.valid)[:, None].expand(-1, prompt.keys.shape[1], -1)
+        scores = self._blend(received, spread, prompt.valid)[:, None].expand(-1, prompt.keys.shape[1], -1)
+        return protect(scores, prompt.valid, 0, self._recent(self.capacity(prompt)))
 
     def state(self, prompt: Prompt, kept: Tensor) -> State:
         received, spread = self._prompt(prompt)
@@ -66,7 +70,11 @@ class CriticPolicy(Eviction):
             return None
         valid = state["valid"][:, 0] > 0
         scores = self._blend(state["received"][:, 0], state["spread"][:, 0], valid)
-        return best(scores.masked_fill(~valid, -torch.inf)[:, None].expand_as(state["received"]), capacity)
+        scores = scores.masked_fill(~valid, -torch.inf)[:, None].expand_as(state["received"])
+        return best(newest_first(scores, self._recent(capacity)), capacity)
+
+    def _recent(self, capacity: int) -> int:
+        return round(self.recent * capacity)
 
     def _prompt(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Attention received and entropy of each token of the prompt, float32 ``[B, S]``."""
@@ -104,4 +112,4 @@ class Critic(EvictingMethod):
     Options = CriticOptions
 
     def policy(self) -> CriticPolicy:
-        return CriticPolicy(**self.settings("entropy", "interval"))
+        return CriticPolicy(**self.settings("entropy", "recent", "interval"))

@@ -65,7 +65,9 @@ class LookOncePolicy(Eviction):
             row = torch.arange(begin, begin + weights.shape[2], device=rows.device)
             votes = (weights * (row >= tokens - rows[:, None])[:, None, :, None]).sum(2)
             received += prompt.grouped(votes)
-        return received
+        # The mean over the queries that see a token: by the sum, the newest ones would go for being new.
+        seen = torch.minimum(rows[:, None], tokens - torch.arange(tokens, device=rows.device))
+        return received / seen[:, None]
 
 
 @dataclass(frozen=True)

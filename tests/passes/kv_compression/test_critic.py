@@ -1,5 +1,6 @@
 """CRITIC against masks over eager attention, and the worked example of its specification."""
 
+import pytest
 import torch
 from torchaccel.passes.kv_compression.critic import CriticPolicy, scaled
 
@@ -21,15 +22,18 @@ def minmax(x, valid):
 
 
 class CriticRule(Rule):
-    def __init__(self, tokens, interval):
-        self.tokens, self.interval, self.memory = tokens, interval, {}
+    def __init__(self, tokens, interval, recent):
+        self.tokens, self.interval, self.recent, self.memory = tokens, interval, recent, {}
 
     def cut(self, layer, alive):
         received, spread = self.memory[layer]
         real = torch.nn.functional.pad(self.valid, (0, alive.shape[2] - self.valid.shape[1]), value=True)
         live = alive[:, 0] & real
         score = 0.5 * minmax(received, live) + 0.5 * minmax(spread, live)
-        score = torch.where(real, score, -1.0).masked_fill(~alive[:, 0], -2.0)
+        score = torch.where(real, score, -1.0)
+        # The newest of those that are stored, which are equally many in all rows.
+        newest = alive[:, 0].flip(-1).cumsum(-1).flip(-1) <= round(self.recent * self.tokens)
+        score = score.masked_fill(newest, 9.0).masked_fill(~alive[:, 0], -2.0)
         return marked(score.topk(self.tokens).indices[:, None], score.shape[-1]).expand_as(alive)
 
     def prompt(self, layer, q, k, v, weights, valid):
@@ -49,11 +53,12 @@ class CriticRule(Rule):
         return self.cut(layer, alive) if full else alive
 
 
-def test_generation_equals_the_masked_reference():
-    options = {"kv_compression": {"method": "critic", "tokens": 24, "interval": 6}, "strict": True}
+@pytest.mark.parametrize("recent", [0.0, 0.3])
+def test_generation_equals_the_masked_reference(recent):
+    options = {"kv_compression": {"method": "critic", "tokens": 24, "interval": 6, "recent": recent}, "strict": True}
     eager, fast = compiled("llama", options=options)
     inputs = prompt(2, 42, padding=(0, 7))
-    reference = masked(eager, CriticRule(24, 6))
+    reference = masked(eager, CriticRule(24, 6, recent))
     assert torch.equal(greedy(fast, inputs, 40), greedy(reference, inputs, 40))
     assert phases(fast) == ["prefill", "decode"]
 

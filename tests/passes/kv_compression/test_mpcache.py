@@ -29,7 +29,9 @@ class MPCacheRule(Lister):
         columns = torch.empty(batch, kv_heads, min(self.tokens, total), dtype=torch.long)
         for b in range(batch):
             rows = max(1, int(valid[b].sum() * self.looks))
-            votes = weights[b, :, -rows:].sum(1).unflatten(0, (kv_heads, -1)).mean(1).masked_fill(~valid[b], -1)
+            seen = torch.ones(total, total).tril()[-rows:].sum(0)
+            votes = weights[b, :, -rows:].sum(1).unflatten(0, (kv_heads, -1)).mean(1) / seen
+            votes = votes.masked_fill(~valid[b], -1)
             columns[b] = votes.sort(dim=-1, descending=True, stable=True).indices[:, : self.tokens].sort(-1).values
         self.kept[layer] = columns
 
