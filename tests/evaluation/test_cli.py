@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def test_ctrl_c_leaves_a_valid_document(tmp_path: Path) -> None:
             # An interrupt that meets a library's callback is lost; whoever presses the keys then presses them again.
             while running.poll() is None and time.monotonic() < deadline + 60:
                 running.send_signal(signal.SIGINT)
-                time.sleep(2)
+                # Not too soon: one that meets the interpreter's end kills it.
+                with suppress(subprocess.TimeoutExpired):
+                    running.wait(timeout=20)
             _, told = running.communicate(timeout=60)
         finally:
             running.kill()
