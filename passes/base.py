@@ -222,6 +222,10 @@ class Method(Pass):
         self.options = options
         self.phase: str | None = None
 
+    def sparse_in(self, graphs: frozenset[Phase]) -> bool:
+        """Whether it changes what ``graphs`` read, so that it can be asked for there alone."""
+        return bool(self.phases & graphs)
+
     def keep_to(self, phase: str, graphs: frozenset[Phase]) -> None:
         """Treat those of ``graphs`` only; ``phase`` is their name in options, noted where the method treats others."""
         if not self.phases <= graphs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, field_validator
 
 from torchaccel.graph.anatomy import AttentionSite
@@ -34,12 +36,19 @@ class RetrievingOptions(LayerwiseOptions):
 
 
 class RetrievingMethod(LayerwiseMethod):
-    """Subclasses give the policy that chooses what a decode step reads; prompts, and several new tokens, read all."""
+    """Subclasses give the policy that chooses what a decode step reads; several new tokens read all.
+
+    sparse_prompts: whether prompts read less, too.
+    """
 
     fidelity = Fidelity.APPROX
     phases = frozenset({"prefill", "extend", "decode"})
+    sparse_prompts: ClassVar[bool] = False
 
     options: RetrievingOptions
+
+    def sparse_in(self, graphs: frozenset[Phase]) -> bool:
+        return self.sparse_prompts or "decode" in graphs
 
     def keep_to(self, phase: str, graphs: frozenset[Phase]) -> None:
         if phase == "decode":

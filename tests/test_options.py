@@ -121,7 +121,8 @@ def test_a_method_for_prompts_and_one_for_what_follows():
     ("value", "message"),
     [
         ({"prefil": "xattention"}, r"prefil.*did you mean 'prefill'"),
-        ({"decode": "xattention"}, r"'xattention' in decode, but it treats prefill only"),
+        ({"decode": "xattention"}, r"'xattention' in decode, where it reads everything; name it for prefill"),
+        ({"prefill": "quest"}, r"'quest' in prefill, where it reads everything; name it for decode"),
         ({"method": "streaming_llm", "phase": "decoding"}, r"decoding.*did you mean 'decode'"),
         ({"prefill": 8}, r"must be a method's name.*found 8"),
     ],

@@ -229,10 +229,11 @@ def _keep_to(method: Method, phase: str, where: str) -> None:
     """Let a method treat the graphs of one of ``PHASES`` only."""
     if phase not in PHASES:
         raise _unknown(f"phase of {method.family} method {method.name!r} (from {where})", phase, PHASES)
-    if not method.phases & PHASES[phase]:
+    if not method.sparse_in(PHASES[phase]):
+        there = ", ".join(name for name, graphs in PHASES.items() if method.sparse_in(graphs))
         raise OptionsError(
-            f"{method.family} (from {where}) asks for {method.name!r} in {phase}, but it treats "
-            f"{', '.join(sorted(method.phases))} only; name it there"
+            f"{method.family} (from {where}) asks for {method.name!r} in {phase}, where it reads everything; "
+            f"name it for {there}"
         )
     method.keep_to(phase, PHASES[phase])
 

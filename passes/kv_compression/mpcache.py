@@ -88,15 +88,15 @@ class ClusterSelection(Selection):
         return True
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return EVERYTHING if self.coarse == self.fine == PARTS else 0
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return 2 * FINE
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         return self.fine / PARTS + 1 / FINE + 1 / COARSE
 
     def width(self, state: State) -> int:

@@ -68,18 +68,21 @@ class SentenceSelection(Selection):
     start: int
     recent: int
     unit: ClassVar[Literal["blocks", "tokens"]] = "tokens"
-    share: float = 1 / TOKENS_PER_VECTOR
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", tuple(self.ends))  # a list where it was read from a key
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.tokens
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return self.tokens
+
+    @property
+    def share(self) -> float:
+        return 1 / TOKENS_PER_VECTOR
 
     @property
     def token_ids(self) -> bool:  # type: ignore[override]

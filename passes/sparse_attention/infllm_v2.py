@@ -45,6 +45,7 @@ class InfLLMv2(RetrievingMethod):
     aliases = ("infllmv2",)
     paper = "InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation (2025)"
     Options = InfLLMv2Options
+    sparse_prompts = True
 
     options: InfLLMv2Options
 

@@ -10,7 +10,7 @@ from torchaccel.kernels.prompt_selectors.static import StridedBlocks
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.strided import StridedSelection
 
-from ..base import SitePlan
+from ..base import Phase, SitePlan
 from .streaming_llm import StreamingLLM, StreamingLLMOptions
 
 
@@ -59,5 +59,13 @@ class LongGen(StreamingLLM):
             super().treat(plan, site)
             return
         sinks, local = (-(-tokens // asked.block) for tokens in (asked.sinks, asked.window))
-        plan.selector = StridedBlocks(asked.block, sinks, local, asked.stride)
-        plan.selection = StridedSelection(asked.block, sinks, local, asked.stride)
+        if self.phase != "decode":
+            plan.selector = StridedBlocks(asked.block, sinks, local, asked.stride)
+        if self.phase != "prefill":
+            plan.selection = StridedSelection(asked.block, sinks, local, asked.stride)
+
+    def keep_to(self, phase: str, graphs: frozenset[Phase]) -> None:
+        if phase == "decode" and self.options.pattern == "strided":
+            self.phase = phase  # what prompts store says how steps read it
+        else:
+            super().keep_to(phase, graphs)

@@ -77,16 +77,16 @@ class ReusedPages(Selection):
         return True
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.sinks + self.recent if self._bound else self.pages * self.block
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         far, near = self.pages * self.block * len(self._retrieving), (self.sinks + self.recent) * len(self._bound)
         return (far + near) // len(self.streaming)
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         return self._summaries.share / self.interval * len(self._retrieving) / len(self.streaming)
 
     def width(self, state: State) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from torchaccel.graph.anatomy import AttentionSite
 from torchaccel.runtime.recycling import RecycledSelection
@@ -22,6 +22,13 @@ class RecycledAttentionOptions(RetrievingOptions):
     schedule: Literal["fixed", "similarity"] = "fixed"
     check: int = Field(default=5, ge=1)
     similarity: float = Field(default=0.8, ge=-1.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _of_the_schedule(self) -> RecycledAttentionOptions:
+        unused = sorted({"check", "similarity"} & self.model_fields_set)
+        if self.schedule == "fixed" and unused:
+            raise ValueError(f"the schedule 'fixed' has no {' and no '.join(unused)}; ask for 'similarity'")
+        return self
 
 
 class RecycledAttention(RetrievingMethod):

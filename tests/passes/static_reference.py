@@ -70,11 +70,12 @@ def assert_generation_equals_the_rule(
     reference = ruled(build(family, **model), rule)
     inputs = prompt(len(padding), tokens, padding)
     with torch.no_grad():
-        expected, got = (one(**inputs).logits for one in (reference, fast))
+        exact, expected, got = (one(**inputs).logits for one in (eager, reference, fast))
     for row, first in enumerate(padding):
         torch.testing.assert_close(got[row, first:], expected[row, first:], atol=5e-5, rtol=5e-5)
-    exact, expected = (greedy(one, inputs, new) for one in (eager, reference))
-    assert torch.equal(greedy(fast, inputs, new), expected) and not torch.equal(expected, exact)
+    # Of a model as small as these the likeliest tokens may be the same all the same.
+    assert (exact - expected)[-1, padding[-1] :].abs().max() > 1e-2
+    assert torch.equal(*(greedy(one, inputs, new) for one in (fast, reference)))
     assert set(phases(fast)) == {"prefill", "decode"}
     return fast
 

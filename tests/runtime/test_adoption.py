@@ -7,6 +7,8 @@ from transformers import DynamicCache
 from tests.e2e.generation import all_lowered, compiled, phases, prompt
 from tests.passes.kv_compression.test_mpcache import MPCacheRule
 from tests.passes.listed_reference import listing
+from tests.passes.sparse_attention.test_infllm_v2 import OPTIONS as INFLLM
+from tests.passes.sparse_attention.test_infllm_v2 import Rule as InfLLMRule
 from tests.passes.sparse_attention.test_quest import QuestRule
 from torchaccel.runtime.kv import LogicalKV
 
@@ -33,13 +35,20 @@ def continued(model, inputs, cache, turns):
     return torch.stack(found), cache
 
 
-@pytest.mark.parametrize("turns", [[1] * 20, [5, 1, 1, 1]])
-def test_quest_equals_the_reference(turns):
-    eager, fast = compiled("llama", options={"sparse_attention": QUEST, "strict": True})
-    inputs = prompt(2, 123, padding=(0, 42))
+@pytest.mark.parametrize(
+    ("method", "rule", "tokens", "turns"),
+    [
+        (QUEST, lambda: QuestRule(3, 16), 123, [1] * 20),
+        (QUEST, lambda: QuestRule(3, 16), 123, [5, 1, 1, 1]),
+        (INFLLM, InfLLMRule, 401, [1] * 4),
+    ],
+)
+def test_steps_equal_the_reference(method, rule, tokens, turns):
+    eager, fast = compiled("llama", options={"sparse_attention": method, "strict": True})
+    inputs = prompt(2, tokens, padding=(0, 42))
     given = [plain_cache(eager, inputs) for _ in range(2)]
     exact, _ = continued(eager, inputs, plain_cache(eager, inputs), turns)
-    expected, _ = continued(listing(eager, QuestRule(3, 16)), inputs, given[0], turns)
+    expected, _ = continued(listing(eager, rule()), inputs, given[0], turns)
     found, cache = continued(fast, inputs, given[1], turns)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
     assert (found - exact).abs().max() > 0.01 and all_lowered(fast)

@@ -43,15 +43,15 @@ class LabelSelection(Selection):
         return True
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.entries
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return self.entries
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         return self.labelled / (2 * self.total)
 
     def width(self, state: State) -> int:

@@ -9,16 +9,27 @@ from typing import ClassVar, Literal
 class Listing:
     """What the lists are like that decode steps read by. Subclasses are frozen dataclasses of numbers.
 
-    unit, block: what an entry of a list stands for, a block of so many slots or a token. covers: stored tokens up to
-    which a list names everything, so that none is made. listed, share: tokens that are read at most, and the part
-    of the stored bytes that is read besides; the cost model goes by their sum.
+    unit, block: what an entry of a list stands for, a block of so many slots or a token. The cost model goes by the sum
+    of ``listed`` and ``share``.
     """
 
     unit: ClassVar[Literal["blocks", "tokens"]] = "blocks"
     block: int = 64
-    covers: int = 0
-    listed: int = 0
-    share: float = 0.0
+
+    @property
+    def covers(self) -> int:
+        """Stored tokens up to which a list names everything, so that none is made."""
+        return 0
+
+    @property
+    def listed(self) -> int:
+        """Tokens that are read at most, whatever is stored."""
+        return 0
+
+    @property
+    def share(self) -> float:
+        """The part of the stored bytes that is read besides."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,9 @@ class MostAttended(Listing):
     unit: ClassVar[Literal["blocks", "tokens"]] = "tokens"
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.tokens
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return self.tokens

@@ -41,15 +41,15 @@ class RecycledSelection(Selection):
         return True
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.tokens
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return self.tokens
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         return 1 / self.stride
 
     def width(self, state: State) -> int:

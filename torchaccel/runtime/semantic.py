@@ -30,15 +30,19 @@ class SemanticSelection(Selection):
     dense: int = 8192
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def adopts(self) -> bool:
+        return True
+
+    @property
+    def covers(self) -> int:
         return max(self.dense, self.entries * self.block)
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return self.entries * self.block
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         return self._means.share
 
     def width(self, state: State) -> int:

@@ -26,15 +26,15 @@ class StridedSelection(Selection):
     stride: int = 16
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.listed
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return (self.sinks + self.local) * self.block
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         return 1 / self.stride
 
     @property

@@ -39,15 +39,15 @@ class SummarySelection(Selection):
         return True
 
     @property
-    def covers(self) -> int:  # type: ignore[override]
+    def covers(self) -> int:
         return self.entries * self.block
 
     @property
-    def listed(self) -> int:  # type: ignore[override]
+    def listed(self) -> int:
         return self.entries * self.block
 
     @property
-    def share(self) -> float:  # type: ignore[override]
+    def share(self) -> float:
         # A summary has one or two rows for the keys and values of a block.
         return (1.0 if self.kind == "minmax" else 0.5) * self.pool / self.block
 

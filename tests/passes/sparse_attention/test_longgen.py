@@ -73,6 +73,25 @@ def test_bfloat16_generates():
     assert greedy(fast, prompt(2, 401, padding=(0, 6)), 4).shape == (2, 405)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_strided_blocks_of_one_phase(phase):
+    """The other phase stays as it is, bit for bit."""
+    _, exact = compiled("llama")
+    _, fast = compiled("llama", options={"sparse_attention": {phase: STRIDED}, "strict": True})
+    inputs = prompt(1, 401)
+    found = []
+    with torch.no_grad():
+        for model in (exact, fast):
+            first = model(**inputs, use_cache=True)
+            step = {"input_ids": inputs["input_ids"][:, :1], "past_key_values": first.past_key_values}
+            found.append((first.logits, model(**step, use_cache=True).logits))
+    (prompts, steps), (got, then) = found
+    assert torch.equal(prompts, got) == (phase == "decode")
+    layouts = [layer.keys.physical.layout for layer in first.past_key_values.layers]
+    assert [layout.selection is not None for layout in layouts] == [phase == "decode", False, phase == "decode"]
+    assert phase == "prefill" or not torch.equal(steps, then)
+
+
 def test_the_middle_third_is_full():
     def full(count, **options):
         return sorted(set(range(count)) - LongGenOptions(**options).select(count))

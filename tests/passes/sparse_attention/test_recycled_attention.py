@@ -170,6 +170,6 @@ def test_queries_that_turn_away_ask_for_a_full_step():
 
 
 def test_options_are_checked():
-    for wrong in ({"stride": 0}, {"tokens": 0}, {"schedule": "never"}, {"similarity": 2}):
+    for wrong in ({"stride": 0}, {"tokens": 0}, {"schedule": "never"}, {"similarity": 2}, {"check": 5}):
         with pytest.raises(OptionsError, match=next(iter(wrong))):
             resolve({"sparse_attention": {"method": "recycled_attention", **wrong}})
