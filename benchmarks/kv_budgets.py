@@ -47,7 +47,7 @@ OWN: Mapping[str, tuple[dict[str, Any], ...]] = {
     "loopserve": ({"interval": INTERVAL},),
     "critic": ({"interval": INTERVAL},),
     "lazy_eviction": ({"window": INTERVAL},),
-    "expected_attention": ({}, {"value_norm": False}),
+    "expected_attention": ({}, {"recent": 0.0, "value_norm": True}),
 }
 # Tokens of the demo model that end a sentence: . ! ? line breaks and ."
 SENTENCE_ENDS = (15, 2, 32, 200, 762, 376)

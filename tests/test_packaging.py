@@ -86,7 +86,7 @@ def test_the_wheel_holds_every_source_file(wheel: set[str]) -> None:
     expected = {
         f"{name.replace('.', '/')}/{path.relative_to(source).as_posix()}"
         for name, source in SOURCES.items()
-        for pattern in ("*.py", "*.jinja", "py.typed")
+        for pattern in ("*.py", "*.h", "*.jinja", "py.typed")
         for path in source.rglob(pattern)
     }
     assert expected <= wheel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -59,14 +60,25 @@ def compile_source(source: str) -> Entry:
     compile the same source at once. Raises ``torch._inductor.exc.CppCompileError`` with the compiler's message.
     """
     from torch._inductor import config
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     # The flags contain -march=native, so a cache directory shared by different machines must tell them apart.
     stamped = f"{source}\n// Built for: {_machine()}\n"
-    # Inductor's prefix header is not included here: compiling it ahead would cost seconds and serve nothing.
-    with config.patch(cpp_cache_precompile_headers=False):
-        module = CppPythonBindingsCodeCache.load_async(stamped)()
+    with config.patch(cpp_cache_precompile_headers=shutil.which("openssl") is not None):  # Inductor hashes by it
+        module = _code_cache().load_async(stamped)()
     return module.call
+
+
+@lru_cache(maxsize=1)
+def _code_cache() -> Any:
+    """Inductor's cache of compiled code, with ``prelude.h`` compiled ahead."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    class Cache(CppPythonBindingsCodeCache):
+        @classmethod
+        def _get_uncompiled_header(cls, device: str) -> str:
+            return str(Path(__file__).with_name("prelude.h"))
+
+    return Cache
 
 
 @lru_cache(maxsize=1)

@@ -16,8 +16,11 @@ from .evicting import EvictingMethod, EvictingOptions
 
 class ExpectedAttentionOptions(EvictingOptions):
     """future: positions behind the prompt over which the rotary embedding is averaged. sinks: first tokens that stay.
-    covariance: whether the spread of queries counts, or their mean alone. value_norm: whether tokens count for as much
-    as their values are long. epsilon: attention that every token has at least, before that.
+    covariance: whether the spread of queries counts, or their mean alone. recent: share of the budget for the most
+    recent tokens, whatever they score. value_norm: whether tokens count for as much as their values are long. epsilon:
+    attention that every token has at least, before that.
+
+    The publication has no recent tokens (0) and counts values; that lost to random eviction (docs/kv_budgets.md).
     """
 
     default_budget: ClassVar[Budget] = Budget(ratio=0.5)
@@ -25,7 +28,8 @@ class ExpectedAttentionOptions(EvictingOptions):
     future: int = Field(default=512, ge=1, le=65536)
     sinks: int = Field(default=4, ge=0, le=4096)
     covariance: bool = True
-    value_norm: bool = True
+    recent: float = Field(default=0.5, ge=0.0, le=1.0)
+    value_norm: bool = False
     epsilon: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
@@ -37,7 +41,8 @@ class ExpectedAttentionPolicy(Eviction):
     future: int = 512
     sinks: int = 4
     covariance: bool = True
-    value_norm: bool = True
+    recent: float = 0.5
+    value_norm: bool = False
     epsilon: float = 0.0
     unrotated: bool = True
 
@@ -54,7 +59,7 @@ class ExpectedAttentionPolicy(Eviction):
         expected = prompt.grouped(expectation(mean, spread, prompt.keys, prompt.scale, late)) + self.epsilon
         if self.value_norm:
             expected = expected * prompt.values.float().norm(dim=-1)
-        return protect(expected, prompt.valid, self.sinks, 0)
+        return protect(expected, prompt.valid, self.sinks, round(self.recent * self.capacity(prompt)))
 
 
 def statistics(queries: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,4 +92,6 @@ class ExpectedAttention(EvictingMethod):
     Options = ExpectedAttentionOptions
 
     def policy(self) -> ExpectedAttentionPolicy:
-        return ExpectedAttentionPolicy(**self.settings("future", "sinks", "covariance", "value_norm", "epsilon"))
+        return ExpectedAttentionPolicy(
+            **self.settings("future", "sinks", "covariance", "recent", "value_norm", "epsilon")
+        )

@@ -18,7 +18,7 @@ from torchaccel.tuning.fingerprint import fingerprint
 
 
 def test_a_bundle_brings_the_plan(tmp_path: Path) -> None:
-    plan = torchaccel.calibrate(build("llama"), "cskv", [prompt(2, 40)])
+    plan = torchaccel.calibrate(build("llama", layers=1), "cskv", [prompt(2, 40)])
     plan.save(tmp_path / "plan.safetensors")
     made = Bundle(fingerprint(torch.device("cpu")), {}, (), {"cskv": plan.to_bytes()}, {}, None)
     made.write(tmp_path / "model.bundle")
@@ -26,7 +26,9 @@ def test_a_bundle_brings_the_plan(tmp_path: Path) -> None:
     inputs = prompt(1, 70)
 
     def answers(method: object, **more: object) -> torch.Tensor:
-        return greedy(torchaccel.compile(build("llama"), gate=False, kv_compression=method, **more), inputs, 16)
+        return greedy(
+            torchaccel.compile(build("llama", layers=1), gate=False, kv_compression=method, **more), inputs, 16
+        )
 
     path = str(tmp_path / "plan.safetensors")
     expected = answers({"method": "cskv", "plan": path})
@@ -39,7 +41,7 @@ def test_a_bundle_brings_the_plan(tmp_path: Path) -> None:
 
 def test_a_bundle_without_the_plan(tmp_path: Path) -> None:
     Bundle(fingerprint(torch.device("cpu")), {}, (), {}, {}, None).write(tmp_path / "empty")
-    model = torchaccel.compile(build("llama"), kv_compression="cskv", bundle=str(tmp_path / "empty"))
+    model = torchaccel.compile(build("llama", layers=1), kv_compression="cskv", bundle=str(tmp_path / "empty"))
     with pytest.raises(Exception, match="CalibrationError: method 'cskv' needs a calibration plan and was given none"):
         greedy(model, prompt(1, 9), 2)
 

@@ -20,7 +20,7 @@ from torchaccel.options import resolve
 
 @pytest.fixture(scope="module")
 def plan() -> CalibrationPlan:
-    return torchaccel.calibrate(build("llama"), "cskv", [prompt(2, 40)])
+    return torchaccel.calibrate(build("llama", layers=1), "cskv", [prompt(2, 40)])
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_plan_comes_back_as_it_was(path: Path, plan: CalibrationPlan) -> None:
 
 
 def test_equal_inputs_make_equal_plans(plan: CalibrationPlan) -> None:
-    assert torchaccel.calibrate(build("llama"), "cskv", [prompt(2, 40)]) == plan
+    assert torchaccel.calibrate(build("llama", layers=1), "cskv", [prompt(2, 40)]) == plan
 
 
 def test_a_changed_tensor_is_noticed(path: Path) -> None:
@@ -71,7 +71,7 @@ def test_another_format_is_refused(plan: CalibrationPlan, monkeypatch: pytest.Mo
 def test_a_method_without_its_plan_says_how_to_make_one() -> None:
     for given in ("cskv", {"method": "cskv"}):
         with pytest.raises(CalibrationError, match=r"torchaccel calibrate --method cskv --model MODEL --text"):
-            torchaccel.compile(build("llama"), kv_compression=given)
+            torchaccel.compile(build("llama", layers=1), kv_compression=given)
     with pytest.raises(CalibrationError, match=r"'nowhere.safetensors' cannot be read \(No such file"):
         resolve(asked("nowhere.safetensors"))
 
@@ -100,12 +100,12 @@ def test_a_plan_of_another_method_is_refused(plan: CalibrationPlan) -> None:
 
 def test_a_plan_of_other_weights_is_refused(plan: CalibrationPlan) -> None:
     with pytest.raises(CalibrationError, match="with other weights"):
-        torchaccel.compile(build("llama", seed=1), **asked(plan))
-    torchaccel.compile(build("llama", dtype=torch.bfloat16), **asked(plan))
+        torchaccel.compile(build("llama", layers=1, seed=1), **asked(plan))
+    torchaccel.compile(build("llama", layers=1, dtype=torch.bfloat16), **asked(plan))
 
 
 def test_the_graph_is_checked_too(plan: CalibrationPlan) -> None:
-    model = build("llama", seed=1)
+    model = build("llama", layers=1, seed=1)
     compiled = torch.compile(model.forward, backend="torchaccel", options=asked(plan))
     with torch.no_grad(), pytest.raises(Exception, match="with other weights"):
         compiled(**prompt(1, 8))
@@ -131,11 +131,11 @@ def test_weights_of_a_part_or_of_a_larger_model_are_the_same_weights() -> None:
 
 def test_two_plans_in_one_process_do_not_know_of_each_other(path: Path) -> None:
     """Another plan under the same path, with the same model class: neither graphs nor caches are shared."""
-    other = torchaccel.calibrate(build("llama"), "cskv", [prompt(2, 40, seed=9)], {"key_density": 0.1})
+    other = torchaccel.calibrate(build("llama", layers=1), "cskv", [prompt(2, 40, seed=9)], {"key_density": 0.1})
     inputs = prompt(1, 70)
 
     def answers() -> torch.Tensor:
-        return greedy(torchaccel.compile(build("llama"), gate=False, **asked(str(path))), inputs, 24)
+        return greedy(torchaccel.compile(build("llama", layers=1), gate=False, **asked(str(path))), inputs, 24)
 
     first = answers()
     other.save(path)
@@ -146,7 +146,7 @@ def test_two_plans_in_one_process_do_not_know_of_each_other(path: Path) -> None:
 
 
 def test_only_calibrated_methods_are_calibrated() -> None:
-    model = build("llama")
+    model = build("llama", layers=1)
     with pytest.raises(CalibrationError, match=r"asked to calibrate 'int8'.*cskv"):
         torchaccel.calibrate(model, "int8", [prompt(1, 8)])
     with pytest.raises(CalibrationError, match="with no text at all"):

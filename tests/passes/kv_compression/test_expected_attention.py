@@ -1,5 +1,6 @@
 """Expected Attention against masks over eager attention, the worked example, and rotations averaged one by one."""
 
+import pytest
 import torch
 from torchaccel.passes.kv_compression.expected_attention import expectation, statistics
 
@@ -11,8 +12,9 @@ from tests.passes.kv_compression.masked_reference import Rule, grouped, marked, 
 class ExpectedRule(Rule):
     """Un-rotates the queries by the model's own tables, then rotates their mean and covariance to each future place."""
 
-    def __init__(self, tokens, future, sinks, embedding):
+    def __init__(self, tokens, future, sinks, embedding, recent, value_norm):
         self.tokens, self.future, self.sinks, self.embedding = tokens, future, sinks, embedding
+        self.recent, self.value_norm = recent, value_norm
 
     def turns(self, positions):
         """Rotation matrices ``[.., D, D]`` at positions ``[..]``."""
@@ -42,17 +44,22 @@ class ExpectedRule(Rule):
             logits = torch.einsum("hsd,hd->hs", keys, mean) / dim**0.5
             logits = logits + torch.einsum("hsd,hde,hse->hs", keys, spread, keys) / (2 * dim)
             share = torch.softmax(logits.masked_fill(~late, -torch.inf), -1)
-            score = grouped(share[None], k.shape[1])[0].mean(1) * v[row].norm(dim=-1)
+            score = grouped(share[None], k.shape[1])[0].mean(1)
+            score = score * v[row].norm(dim=-1) if self.value_norm else score
             score = score.masked_fill(valid[row] & ~late, torch.inf).masked_fill(~valid[row], -torch.inf)
+            score[:, tokens - self.recent :] = torch.inf
             kept.append(score.topk(self.tokens).indices)
         return marked(torch.stack(kept), tokens)
 
 
-def test_generation_equals_the_masked_reference():
-    method = {"method": "expected_attention", "tokens": 24, "future": 40, "sinks": 3}
+@pytest.mark.parametrize(
+    ("own", "recent", "value_norm"), [({}, 12, False), ({"recent": 0, "value_norm": True}, 0, True)]
+)
+def test_generation_equals_the_masked_reference(own, recent, value_norm):
+    method = {"method": "expected_attention", "tokens": 24, "future": 40, "sinks": 3, **own}
     eager, fast = compiled("llama", options={"kv_compression": method, "strict": True})
     inputs = prompt(2, 60, padding=(0, 7))
-    reference = masked(eager, ExpectedRule(24, 40, 3, build("llama").model.rotary_emb))
+    reference = masked(eager, ExpectedRule(24, 40, 3, build("llama").model.rotary_emb, recent, value_norm))
     assert torch.equal(greedy(fast, inputs, 30), greedy(reference, inputs, 30))
     assert phases(fast) == ["prefill", "decode"]
 
