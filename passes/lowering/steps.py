@@ -137,6 +137,8 @@ class StepLowering:
         step = static(fake(site.q).shape[2]) == 1
         recycles = step and isinstance(layouts[0].selection, RecycledSelection)
         lists = None if recycles else self.retrieval.lists(site, plan.leader, layouts[0], lens, anatomy.ids, least)
+        if lists is None and plan.leader in self.retrieval.made:
+            self.draft.declines.append(Decline(site.name, Reason.MOVED_TOKENS))
         if latent(*layouts):
             fresh = self.latents.tokens(site, layouts)
             rebuilding, first = self.latents.rebuilding(site, layouts, lens)

@@ -69,6 +69,9 @@ def test_every_method_helps_where_it_should(
         assert low * 0.999 <= ratio <= high * 1.001, f"{name} of {options}: {ratio}"
 
 
+LSERVE = {"method": "lserve", "retrieval_heads": {0: (0, 1)}}
+
+
 def test_retrieving_reads_lists_and_what_they_are_chosen_by() -> None:
     """Bytes of the specification: of 32 layers 2 are dense; bounds of pages of 16 tokens are an eighth of the keys."""
     whole = predict_model(SIZES, {"batch": 8, "context": 65536}, {}, "h100").exact
@@ -81,6 +84,22 @@ def test_retrieving_reads_lists_and_what_they_are_chosen_by() -> None:
     time, size = ratios("sparse_attention", method="quest", tokens=4096)
     assert time == pytest.approx(2 / 32 + 30 / 32 / 8, rel=0.15) and size == pytest.approx(1 + 30 / 32 / 16, rel=1e-3)
     assert ratios("sparse_attention", method="quest", tokens=65536)[0] == pytest.approx(1)
+    time, size = ratios("sparse_attention", method="double_sparsity", tokens=4096)
+    assert time == pytest.approx(2 / 32 + 30 / 32 * 3 / 16, rel=0.15) and size == pytest.approx(
+        1 + 30 / 32 / 8, rel=1e-3
+    )
+    time, size = ratios("sparse_attention", method="infllm_v2", window=1024, blocks=48)
+    assert time == pytest.approx(1 / 16 + 1 / 32, rel=0.25) and size == pytest.approx(1 + 1 / 32, rel=1e-3)
+    assert ratios("sparse_attention", method="infllm_v2", dense_len=65536)[0] == pytest.approx(1)
+    time, size = ratios("sparse_attention", method="lserve", tokens=4096)
+    assert time == pytest.approx(1 / 16 + 1 / 64, rel=0.25) and size == pytest.approx(1 + 1 / 16, rel=1e-3)
+    time, size = ratios("sparse_attention", method="recycled_attention", tokens=4096, stride=8)
+    assert time == pytest.approx(1 / 16 * 7 / 8 + 1 / 8, rel=0.15) and size == pytest.approx(1)
+    time, size = ratios("sparse_attention", method="tidal_decode", tokens=4096)
+    assert time == pytest.approx(4 / 32 + 28 / 32 / 16, rel=0.15) and size == pytest.approx(1)
+    for unknown in ({"method": "recycled_attention", "schedule": "similarity"}, LSERVE):
+        with pytest.raises(ValueError, match="reads what the options do not tell: their work is not modelled"):
+            ratios("sparse_attention", **unknown)
     # Tokens that stay carry their column in 4 bytes, beside 512 of keys and values.
     column = 4 / 512
     time, size = ratios("kv_compression", method="mpcache", ratio=0.5, share=2, dense_layers=0)

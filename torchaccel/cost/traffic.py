@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.spec import AttentionSpec
-from .retrieving import Retrieving
+from .retrieving import RETRIEVING, Retrieving
 from .stored import FORMATS, Formats, Method, Part, classes, dense, formats, of_heads
 from .symbols import visible_pairs
 
@@ -40,7 +40,7 @@ KNOWN_METHODS = {
     "layer_skipping": ("unified",),
     "token_pruning": ("fastv",),
     "kv_compression": (*FORMATS, *EVICTING, "zipcache", "duo_attention"),
-    "sparse_attention": (*WINDOWS, "quest"),
+    "sparse_attention": (*WINDOWS, *RETRIEVING),
 }
 
 
@@ -54,10 +54,10 @@ class Traffic:
     def unknown(self) -> list[str]:
         """What of the methods is not modelled, as "family: method"; nothing may be predicted then."""
         return [
-            f"{family}: {method['method']}" + _partly(method)
+            f"{family}: {method['method']}" + _partly(method) + _varying(method)
             for family, known in KNOWN_METHODS.items()
             for method in self._asked(family)
-            if method["method"] not in known or _partly(method)
+            if method["method"] not in known or _partly(method) or _varying(method)
         ]
 
     def _asked(self, family: str) -> list[Method]:
@@ -162,6 +162,12 @@ class Traffic:
         stored = dense(dtype, head_dim) if phase == "prefill" else of or self.formats(dtype, head_dim)
         window, sinks = self.window
         return AttentionSpec(phase, head_dim, group, dtype, *stored, head_dim**-0.5, window=window, sinks=sinks)
+
+
+def _varying(method: Method) -> str:
+    """That what a step reads does not follow from the options, where it does not."""
+    unknown = method["method"] in RETRIEVING and Retrieving.of(method) is None
+    return " that reads what the options do not tell" if unknown else ""
 
 
 def _partly(method: Method) -> str:

@@ -118,6 +118,13 @@ def test_int8_caches_read_the_listed_tokens():
     assert (found - expected).abs().mean() < 0.1 * (exact - expected).abs().mean()
 
 
+def test_layers_that_store_fewer_tokens_read_everything_and_say_so():
+    """Layers from 2 on hold half of the prompt: neither can 2 and 4 read by another's list, nor 3 choose."""
+    _, _, fast = pair(token_pruning={"method": "fastv", "keep": 0.5, "layer": 2})
+    with pytest.warns(UserWarning, match=r"left 3 site\(s\) exact.*cannot read by the same list"):
+        greedy(fast, prompt(1, 90), 2)
+
+
 def chosen_by(count, kv_heads=None, **options):
     """For each layer the one by whose choice it reads, its own number where it chooses, None for dense ones."""
     cache = SimpleNamespace(kind="concatenated", window=None)
