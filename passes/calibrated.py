@@ -61,6 +61,11 @@ class CalibratedOptions(MethodOptions):
 
     decided: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def open_to_plan(self) -> bool:
+        """Whether a plan may be added to what was asked for."""
+        return self.plan is None
+
     @model_validator(mode="before")
     @classmethod
     def _of_the_plan(cls, given: Any) -> Any:

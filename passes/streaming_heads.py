@@ -43,6 +43,10 @@ class StreamingHeadsOptions(CalibratedOptions):
         return self
 
     @property
+    def open_to_plan(self) -> bool:
+        return not self.named
+
+    @property
     def named(self) -> bool:
         """Whether anything says which heads are streaming ones."""
         return self.plan is not None or self.retrieval_heads is not None

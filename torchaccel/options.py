@@ -17,7 +17,7 @@ from torchaccel.calibration.plan import CalibrationPlan
 from torchaccel.errors import OptionsError
 from torchaccel.methods import FAMILIES, names
 from torchaccel.passes.base import Method, Phase
-from torchaccel.passes.calibrated import is_missing, load_plan, missing_plan, needs_plan
+from torchaccel.passes.calibrated import CalibratedMethod, is_missing, load_plan, missing_plan, needs_plan
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -72,13 +72,16 @@ class Options:
         """These options with plans, of those given, for the methods that have none; raises ``CalibrationError``."""
 
         def completed(method: Method) -> Method:
-            own = [plan for plan in plans if plan.method == method.name]
-            if method.calibration == "none" or method.options.plan is not None or not own:
+            makers = (method.name, *method.lenders) if isinstance(method, CalibratedMethod) else ()
+            own = sorted((plan for plan in plans if plan.method in makers), key=lambda plan: makers.index(plan.method))
+            if not own or not method.options.open_to_plan:
                 if needs_plan(method):
                     raise missing_plan(method)
                 return method
             given = method.options.model_dump(exclude_unset=True) | {"plan": own[0]}
-            return type(method)(type(method.options)(**given))
+            made = type(method)(type(method.options)(**given))
+            made.phase, made.phases = method.phase, method.phases
+            return made
 
         return replace(self, methods=tuple(completed(method) for method in self.methods))
 

@@ -194,6 +194,10 @@ def test_plans_of_duo_attention_say_which_heads():
     assert [method.policy(site).streaming for site in sites] == [(False, True), (False, False)]
     assert (method.policy(sites[0]).sinks, method.policy(sites[0]).recent) == (6, 9)
     assert LServe(LServeOptions()).policy(sites[0]).streaming == (False, False)
+    # A bundle may bring it, but takes back nothing that was said.
+    for more, found in (({}, [plan]), ({"retrieval_heads": {0: [1]}}, [None])):
+        asked = resolve({"sparse_attention": {"decode": {"method": "lserve", **more}}}).with_plans([plan])
+        assert [(one.options.plan, one.phase) for one in asked.methods] == [(one, "decode") for one in found]
 
 
 def test_options_are_checked():
