@@ -35,6 +35,8 @@ SPECS = {
     ),
     "mean_f32_mass": SelectionSpec(summary_spec("mean", 256, "float32"), 2, "float32", 8, scale=0.3, sinks=2, mass=0.7),
     "labels_bf16": SelectionSpec(summary_spec("channels", 64, "bfloat16", 1, 5), 3, "bfloat16", 100, recent=1),
+    "labels_8_bf16": SelectionSpec(summary_spec("channels", 32, "bfloat16", 1, 8), 4, "bfloat16", 250, recent=1),
+    "labels_16_bf16": SelectionSpec(summary_spec("channels", 64, "bfloat16", 1, 16), 7, "bfloat16", 300, sinks=2),
     "labels_f32_mean": SelectionSpec(summary_spec("channels", 64, "float32", 1, 16), 2, "float32", 33, "mean"),
 }
 
@@ -57,7 +59,7 @@ def case(spec: SelectionSpec, length: int, new: int = 1, batch: int = 2, heads: 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("length", "new"), [(1, 1), (15, 1), (777, 1), (530, 3), (2000, 2)])
+@pytest.mark.parametrize(("length", "new"), [(1, 1), (15, 1), (777, 1), (530, 3), (6003, 2)])
 @pytest.mark.parametrize("name", SPECS)
 def test_choice_is_that_of_the_reference(name: str, length: int, new: int) -> None:
     spec = SPECS[name]
@@ -66,6 +68,19 @@ def test_choice_is_that_of_the_reference(name: str, length: int, new: int) -> No
     expected = selection_reference.select(spec, *args)
     got = selection.select(spec)(*args)
     assert got.dtype == torch.int32 and torch.equal(got, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("large", [lambda i: i % 16 == 0, lambda i: i % 16 == 5, lambda i: i >= 0, lambda i: i > 5990])
+def test_a_sample_that_tells_the_wrong_bound(large) -> None:
+    """It holds all large scores, none of them, or equal ones: too few or too many reach what it says."""
+    spec = SelectionSpec(summary_spec("channels", 16, "bfloat16", 1, 16), 1, "bfloat16", 300)
+    q = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    i = torch.arange(6003)
+    summary = (large(i) * (1 + i // 16 % 200))[None, None, :, None].bfloat16().expand(-1, -1, -1, 16).contiguous()
+    channels = torch.arange(16, dtype=torch.int32)[None, None]
+    args = q, summary, torch.tensor([0, 6003, 6003]), None, channels
+    assert torch.equal(selection.select(spec)(*args), selection_reference.select(spec, *args))
 
 
 # Relative to the largest score: another order of summation.
