@@ -1,0 +1,171 @@
+"""BiFormer: equal to the model with the mask of the paper's region graph, and exact where everything is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchaccel.kernels import sparse_regions
+from torchaccel.kernels.candidates import Candidate
+from torchaccel.kernels.plan import Plan
+from torchaccel.kernels.prompt_selectors.regions import RoutedRegions
+from torchaccel.kernels.region_layout import RegionLayout
+from torchaccel.kernels.sparse_prompt import SparsePrompt, listed
+from torchaccel.kernels.spec import AttentionSpec, KVFormat
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+import torchaccel
+from tests.models.families import build
+from torchaccel.errors import DeclinedError, OptionsError
+from torchaccel.options import resolve
+
+PREFIX = 1
+OPTIONS = {"method": "biformer", "region": 4, "topk": 3}
+
+
+def regions_read(q: Tensor, k: Tensor, grid: tuple[int, int], side: int, topk: int, prefix: int = PREFIX) -> Tensor:
+    """Which of the tokens every token reads, bool ``[S, S]``; q, k: float32 ``[S, C]``, the heads side by side."""
+    height, width = grid
+    members: dict[tuple[int, int], list[int]] = {}
+    for y in range(height):
+        for x in range(width):
+            members.setdefault((y // side, x // side), []).append(prefix + y * width + x)
+    means = {region: (q[tokens].mean(0), k[tokens].mean(0)) for region, tokens in members.items()}
+    read = torch.zeros(q.shape[0], q.shape[0], dtype=torch.bool)
+    for region, tokens in members.items():
+        affinity = {other: float(means[region][0] @ means[other][1]) for other in members}
+        for other in sorted(affinity, key=affinity.__getitem__, reverse=True)[:topk]:
+            read[torch.tensor(tokens)[:, None], torch.tensor(members[other])] = True
+    others = torch.ones(q.shape[0], dtype=torch.bool)
+    others[[token for tokens in members.values() for token in tokens]] = False
+    return read | others | others[:, None]
+
+
+def masked(model: Any, grid: tuple[int, int], side: int, topk: int) -> tuple[Any, list[float]]:
+    """``model`` (in place) that reads only the regions of the graph, and the parts of the pairs that it reads."""
+    shares: list[float] = []
+
+    def attention(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        scores = (q @ k.transpose(2, 3)).float() * scaling
+        for b in range(q.shape[0]):
+            wide = (x[b].transpose(0, 1).flatten(1).float() for x in (q, k))
+            read = regions_read(*wide, grid, side, topk)
+            scores[b].masked_fill_(~read, -torch.inf)
+            shares.append(float(read.float().mean()))
+        return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2).contiguous(), None
+
+    name = f"masked_regions_{grid}_{side}_{topk}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, eager_mask)
+    model.set_attn_implementation(name)
+    return model, shares
+
+
+def pixels(height: int, width: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+def vit(grid: tuple[int, int], options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    """A tiny ViT for images of ``grid`` patches of 2 x 2 pixels; compiled with ``options`` unless they are None."""
+    model = build("vit", image_size=[2 * size for size in grid], patch_size=2, **arguments)
+    return model if options is None else torchaccel.compile(model, **{"gate": False, **options})
+
+
+def states(model: Any, images: Tensor, **arguments: Any) -> Tensor:
+    with torch.no_grad():
+        return model(images, **arguments).last_hidden_state
+
+
+def biformer(**changes: Any) -> dict[str, Any]:
+    return {"sparse_attention": {**OPTIONS, **changes}}
+
+
+def test_the_worked_example_of_four_regions():
+    """Regions 0 and 1, and 2 and 3, prefer the same region: the mean of its values comes out."""
+    k = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]).view(2, 2, 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    q = torch.tensor([[1.0, 0], [0, 1]]).repeat_interleave(2, 0)[:, None].expand(4, 4, 2)
+    v = torch.arange(16.0)[:, None].expand(16, 2)
+    q, k, v = (x.reshape(1, 1, 16, 2) for x in (q, k, v))
+    dense = KVFormat("dense", "float32", 2)
+    spec = AttentionSpec("prefill", 2, 1, "float32", dense, dense, 0.7, causal=False)
+    for topk, share in ((1, 0.25), (4, 1.0)):
+        selector = RoutedRegions(4, topk)
+        plans = [Plan(of, ((None, Candidate("reference")),)) for of in (listed(spec, selector), spec)]
+        out, read = sparse_regions.attend(SparsePrompt(selector, *plans), q, k, v, (4, 4))
+        assert float(read) == share
+        if topk == 1:
+            expected = torch.tensor([2.5, 4.5]).repeat_interleave(8)[:, None].expand(16, 2)
+        else:
+            expected = torch.softmax(q[0, 0] @ k[0, 0].T * 0.7, -1) @ v[0, 0]
+        torch.testing.assert_close(out[0, 0], expected)
+
+
+@pytest.mark.parametrize("size", [(4, 4, 2, 17, 1), (19, 21, 4, 404, 1), (3, 9, 8, 27, 0), (13, 13, 4, 180, 4)])
+def test_every_token_has_one_slot_and_regions_lie_together(size):
+    layout = RegionLayout(*size)
+    slots = layout.slots(torch.device("cpu"))
+    assert sorted(slots[slots >= 0].tolist()) == list(range(layout.tokens))
+    assert torch.equal(slots[layout.places(slots)], torch.arange(layout.tokens))
+    assert layout.is_padded == bool((slots < 0).any())
+    for region in range(layout.regions):
+        tokens = slots[region * layout.side**2 :][: layout.side**2]
+        patches = tokens[tokens >= 0] - layout.prefix
+        corner = (patches // layout.width // layout.side, patches % layout.width // layout.side)
+        assert {*map(int, corner[0] * layout.columns + corner[1])} == {region}
+        assert layout.sizes(slots.device)[region] == len(patches)
+    assert layout.sizes(slots.device).shape == (layout.blocks,) and layout.sizes(slots.device).sum() == layout.tokens
+
+
+# Whole regions, a rectangle, a square and a rectangle with regions that are not filled.
+@pytest.mark.parametrize("grid", [(24, 24), (12, 28), (13, 13), (19, 21)])
+def test_equals_the_model_with_the_mask_of_the_paper(grid):
+    images = pixels(2 * grid[0], 2 * grid[1])
+    reference, shares = masked(vit(grid), grid, 4, 3)
+    fast = vit(grid, biformer())
+    expected, got, exact = (states(model, images) for model in (reference, fast, vit(grid)))
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=5e-5)
+    assert (expected - exact).abs().max() > 1e-2
+    report = torchaccel.report(fast)
+    assert not report.declines and report.effective == {"biformer": {"encoder": 3}}
+    assert report.density == pytest.approx(sum(shares) / len(shares), abs=1e-4)
+    if grid == (24, 24):
+        selector = RoutedRegions(16, 3, grid=grid)
+        assert report.density == pytest.approx(selector.share(24 * 24 + 1), abs=1e-4)
+        assert {site.sparse_from for site in report.records[0].sites} == {25}  # the least square of four regions
+
+
+def test_a_row_does_not_depend_on_its_neighbour():
+    fast = vit((13, 13), biformer())
+    images = pixels(26, 26)
+    torch.testing.assert_close(states(fast, images)[:1], states(fast, images[:1]), atol=2e-5, rtol=2e-5)
+
+
+def test_exact_bit_for_bit_where_everything_is_read():
+    images = pixels(38, 42)
+    assert torch.equal(states(vit((19, 21), biformer(topk=30)), images), states(vit((19, 21), {}), images))
+
+
+def test_bfloat16():
+    fast, reference = vit((24, 24), biformer(), dtype=torch.bfloat16), masked(vit((24, 24)), (24, 24), 4, 3)[0]
+    images = pixels(48, 48)
+    expected, got = states(reference, images), states(fast, images.bfloat16()).float()
+    # Rounding may turn a choice between regions that are almost alike, so single tokens may differ.
+    difference = (got - expected).abs().amax(-1).flatten()
+    assert difference.median() < 0.05 * expected.abs().max()
+    assert 0 < torchaccel.report(fast).density < 1
+
+
+def test_images_of_different_sizes_share_a_graph():
+    fast = vit((12, 12), biformer())
+    for grid in ((12, 12), (16, 20), (20, 16), (13, 19), (8, 4)):
+        images = pixels(2 * grid[0], 2 * grid[1])
+        got = states(fast, images, interpolate_pos_encoding=True)
+        reference = masked(vit((12, 12)), grid, 4, 3)[0]
+        expected = states(reference, images, interpolate_pos_encoding=True)
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=5e-5)
+    assert torchaccel.report(fast).graphs <= 3
