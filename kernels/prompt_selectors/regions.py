@@ -13,6 +13,8 @@ from .base import BlockSelector
 
 # Tokens that are no patches: a class token, one of distillation, registers. More of them are thought to be a mistake.
 MOST_OTHERS = 16
+# Keys that attention reads in the time in which queries, keys, values and results are brought into another order.
+COPIES = 40
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,18 @@ class RoutedRegions(BlockSelector):
         return lists.int()[:, None].expand(-1, heads, -1, -1)
 
     def share(self, tokens: int) -> float:
-        rows, columns = self.grid or (isqrt(max(tokens - (self.prefix or 0), 0)),) * 2
-        regions = -(-rows // self.side) * -(-columns // self.side)
-        if self.topk >= regions:
-            return 1.0
-        patches = rows * columns if self.grid else tokens - (self.prefix or 0)
-        return 1 - (1 - self.topk / regions) * (patches / tokens) ** 2
+        patches, regions = self._sizes(tokens)
+        return 1.0 if self.topk >= regions else 1 - (1 - self.topk / regions) * (patches / tokens) ** 2
 
     def effort(self, tokens: int) -> float:
-        return 0.0
+        # Regions that the grid does not fill are as much work as others, and so is the block of tokens that are no
+        # patches, which all read and which reads all. Means and their products are nothing beside that.
+        patches, regions = self._sizes(tokens)
+        padding = min(self.topk, regions) * (regions * self.block**2 - patches**2 / regions)
+        return (padding + 2 * regions * self.block**2) / tokens**2 + COPIES / tokens
+
+    def _sizes(self, tokens: int) -> tuple[int, int]:
+        """Patches of ``tokens`` tokens, and regions."""
+        patches = max(tokens - (self.prefix or 0), 1) if self.grid is None else self.grid[0] * self.grid[1]
+        rows, columns = self.grid or (isqrt(patches), isqrt(patches))
+        return patches, -(-rows // self.side) * -(-columns // self.side)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchaccel.kernels import sparse_regions
+from torchaccel.kernels import ops, sparse_regions
 from torchaccel.kernels.candidates import Candidate
 from torchaccel.kernels.plan import Plan
 from torchaccel.kernels.prompt_selectors.regions import RoutedRegions
@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import torchaccel
+from tests.e2e.generation import compiled, greedy, prompt
 from tests.models.families import build
-from torchaccel.errors import DeclinedError, OptionsError
+from torchaccel.errors import OptionsError
 from torchaccel.options import resolve
 
 PREFIX = 1
@@ -112,6 +113,8 @@ def test_every_token_has_one_slot_and_regions_lie_together(size):
     assert sorted(slots[slots >= 0].tolist()) == list(range(layout.tokens))
     assert torch.equal(slots[layout.places(slots)], torch.arange(layout.tokens))
     assert layout.is_padded == bool((slots < 0).any())
+    poisoned = layout.arrange(torch.full((1, 2, layout.tokens, 3), torch.nan), slots)
+    assert torch.equal(poisoned.isnan().any(-1), (slots >= 0).expand(1, 2, -1)) and poisoned.nan_to_num().eq(0).all()
     for region in range(layout.regions):
         tokens = slots[region * layout.side**2 :][: layout.side**2]
         patches = tokens[tokens >= 0] - layout.prefix
@@ -169,3 +172,113 @@ def test_images_of_different_sizes_share_a_graph():
         expected = states(reference, images, interpolate_pos_encoding=True)
         torch.testing.assert_close(got, expected, atol=5e-5, rtol=5e-5)
     assert torchaccel.report(fast).graphs <= 3
+
+
+def test_tokens_before_and_behind_the_patches_are_read_by_all():
+    """Registers before them, as DINOv2 has, and further tokens behind, as YOLOS has, with grouped heads."""
+    torch.manual_seed(0)
+    grid, prefix, behind, heads, group = (7, 9), 5, 2, 2, 2
+    tokens = prefix + grid[0] * grid[1] + behind
+    q, k, v = (torch.randn(2, tokens, n, 6).transpose(1, 2) for n in (heads * group, heads, heads))
+    dense = KVFormat("dense", "float32", 6)
+    spec = AttentionSpec("prefill", 6, group, "float32", dense, dense, 0.5, causal=False)
+    selector = RoutedRegions(16, 2, prefix)
+    kernels = [Plan(of, ((None, Candidate("reference")),)) for of in (listed(spec, selector), spec)]
+    plan = SparsePrompt(selector, *kernels)
+    assert SparsePrompt.from_key(plan.key()) == plan
+    ops.library()
+    args = (q, k, v, list(grid), plan.key())
+    torch.library.opcheck(torch.ops.torchaccel.attend_regions.default, args)
+    out, share = torch.ops.torchaccel.attend_regions(*args)
+    wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
+    read = torch.stack(
+        [regions_read(*(x[b].transpose(0, 1).flatten(1) for x in (q, wide_k)), grid, 4, 2, prefix) for b in range(2)]
+    )
+    scores = (q @ wide_k.transpose(2, 3) * 0.5).masked_fill(~read[:, None], -torch.inf)
+    torch.testing.assert_close(out, scores.softmax(-1) @ wide_v, atol=1e-5, rtol=1e-5)
+    assert float(share) == pytest.approx(float(read.float().mean()), abs=1e-6)
+    # A grid that the tokens are not of: everything is read.
+    everything, share = torch.ops.torchaccel.attend_regions(q, k, v, [8, 9], plan.key())
+    expected = (q @ wide_k.transpose(2, 3) * 0.5).softmax(-1) @ wide_v
+    torch.testing.assert_close(everything, expected, atol=1e-5, rtol=1e-5)
+    assert share == 1
+
+
+def test_a_grid_that_is_given_is_that_of_the_graph():
+    images = pixels(24, 56)
+    found, given = vit((12, 28), biformer()), vit((12, 28), biformer(grid=(12, 28), prefix=1))
+    assert torch.equal(states(found, images), states(given, images))
+    other = vit((12, 28), biformer(grid=(28, 12)))
+    assert not torch.equal(states(found, images), states(other, images))
+
+
+def test_layers():
+    fast = vit((12, 12), biformer(layers=[0, -1]))
+    states(fast, pixels(24, 24))
+    assert torchaccel.report(fast).effective == {"biformer": {"encoder": 2}}
+    assert [bool(site.selector) for site in torchaccel.report(fast).records[0].sites] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": (10, 12)}, "145 tokens, patches in 10 rows and 12 columns"),  # 25 that are none: too many
+        ({"grid": (13, 12)}, "145 tokens, patches in 13 rows and 12 columns"),
+        ({"prefix": 2}, "145 tokens, patches in 12 rows and 12 columns; give grid and prefix"),
+    ],
+)
+def test_declines_tokens_that_are_not_of_the_grid(changes, message):
+    fast, images = vit((12, 12), biformer(**changes)), pixels(24, 24)
+    with pytest.warns(UserWarning, match="biformer left 3 site"):
+        got = states(fast, images)
+    assert torch.equal(got, states(vit((12, 12), {}), images))
+    assert all(message in line for line in torchaccel.report(fast).declines)
+
+
+@pytest.mark.parametrize(("padded", "message"), [(True, "a mask hides some"), (False, "no convolution cuts images")])
+def test_declines_text(padded, message):
+    fast = torchaccel.compile(build("bert"), gate=False, **biformer())
+    inputs = prompt(2, 64, padding=(0, 5) if padded else ())
+    with pytest.warns(UserWarning, match=message):
+        states(fast, inputs["input_ids"], attention_mask=inputs["attention_mask"] if padded else None)
+    assert torchaccel.report(fast).effective == {}
+    strict = torchaccel.compile(build("bert"), gate=False, strict=True, **biformer())
+    with pytest.raises(Exception, match=message):
+        states(strict, inputs["input_ids"], attention_mask=inputs["attention_mask"] if padded else None)
+
+
+def test_is_not_for_decoders():
+    _, fast = compiled("llama", options=biformer())
+    greedy(fast, prompt(1, 70), 2)
+    report = torchaccel.report(fast)
+    assert report.effective == {} and report.density is None
+    assert "not for prefill" in {result.detail for result in report.records[0].passes}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prefill": "biformer"}, r"'biformer' in prefill, .*it is for encoder graphs alone: name no phase"),
+        ({"decode": {**OPTIONS}}, r"'biformer' in decode, .*name no phase"),
+        ({**OPTIONS, "topk": 0}, "topk"),
+        ({**OPTIONS, "region": 7}, "region"),
+        ({**OPTIONS, "grid": (0, 4)}, "grid"),
+        ({**OPTIONS, "prefix": -1}, "prefix"),
+        ({**OPTIONS, "regions": 4}, "did you mean 'region'"),
+    ],
+)
+def test_wrong_options(asked, message):
+    with pytest.raises(OptionsError, match=message):
+        resolve({"sparse_attention": asked}, {})
+
+
+def test_few_patches_stay_exact_where_choosing_would_not_pay():
+    """The report names the number of tokens from which it does, and the prediction is of bidirectional attention."""
+    fast = vit((24, 24), {"gate": True, **biformer()})
+    images = pixels(48, 48)
+    got = states(fast, images)
+    (record,) = torchaccel.report(fast).records
+    (gate,) = {site.gate for site in record.sites}
+    assert "of the pairs are thought to be read" in gate and "it pays from" in gate
+    (least,) = {site.sparse_from for site in record.sites}
+    assert torch.equal(got, states(vit((24, 24), {}), images)) == (least > 577)
