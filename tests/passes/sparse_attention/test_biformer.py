@@ -14,12 +14,15 @@ from torchaccel.kernels.prompt_selectors.regions import RoutedRegions
 from torchaccel.kernels.region_layout import RegionLayout
 from torchaccel.kernels.sparse_prompt import SparsePrompt, listed
 from torchaccel.kernels.spec import AttentionSpec, KVFormat
+from torchaccel.passes.lowering.choice import Chooser
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import torchaccel
 from tests.e2e.generation import compiled, greedy, prompt
 from tests.models.families import build
+from torchaccel.cost.assumed import assumed_facts
+from torchaccel.cost.shape import AttentionShape
 from torchaccel.errors import OptionsError
 from torchaccel.options import resolve
 
@@ -248,7 +251,7 @@ def test_declines_text(padded, message):
 
 
 def test_is_not_for_decoders():
-    _, fast = compiled("llama", options=biformer())
+    _, fast = compiled("llama", layers=1, options=biformer())
     greedy(fast, prompt(1, 70), 2)
     report = torchaccel.report(fast)
     assert report.effective == {} and report.density is None
@@ -272,8 +275,23 @@ def test_wrong_options(asked, message):
         resolve({"sparse_attention": asked}, {})
 
 
+def test_the_cost_model_compares_with_attention_to_all_pairs(monkeypatch):
+    monkeypatch.setattr("torchaccel.cost.assumed._instruction_set", lambda: "avx512_bf16")
+    dense = KVFormat("dense", "float32", 64)
+    spec = AttentionSpec("prefill", 64, 1, "float32", dense, dense, 0.125, causal=False)
+    chooser = Chooser(torch.device("cpu"), assumed_facts(torch.device("cpu")))
+    for topk in (8, 16, 32):
+        selector = RoutedRegions(64, topk)
+        verdict = chooser.sparse_verdict(selector, spec, AttentionShape(1, 12, 4096, 4096))
+        assert verdict is not None and selector.share(4096) == topk / 64
+        work = selector.share(4096) + selector.effort(4096)
+        assert work < verdict.predicted_ms / verdict.exact_ms < work + 0.06  # parts of tiles come on top
+        # From more regions than are read on; fewer patches than fill the next regions are not worth it.
+        least = verdict.switch_tokens
+        assert least is not None and selector.share(least) < 1 and least > topk * 64
+
+
 def test_few_patches_stay_exact_where_choosing_would_not_pay():
-    """The report names the number of tokens from which it does, and the prediction is of bidirectional attention."""
     fast = vit((24, 24), {"gate": True, **biformer()})
     images = pixels(48, 48)
     got = states(fast, images)
