@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 from torchaccel.cost.assumed import assumed_facts
@@ -84,7 +85,7 @@ class Backend:
         if record.declined is None:
             try:
                 return self._accelerate(gm, inputs, options, record, compile_rest)
-            except (OptionsError, CacheMissError, CalibrationError):
+            except (OptionsError, CacheMissError, CalibrationError, RestartAnalysis):
                 raise
             except Exception as error:
                 if options.strict:

@@ -45,7 +45,7 @@ class BiFormer(LayerwiseMethod):
         if site.causal or site.key_cache.kind != "none":
             return Decline(site.name, Reason.NOT_BIDIRECTIONAL)
         if site.mask is not None:
-            return Decline(site.name, Reason.NO_PATCHES, "a mask hides some of them, as of padded text")
+            return Decline(site.name, Reason.NO_PATCHES, "they have a mask, as padded text, or a bias")
         grid = self.options.grid or _patches(site)
         if grid is None:
             return Decline(site.name, Reason.NO_PATCHES, "no convolution cuts images into patches before it; give grid")

@@ -238,7 +238,7 @@ def test_declines_tokens_that_are_not_of_the_grid(changes, message):
     assert all(message in line for line in torchaccel.report(fast).declines)
 
 
-@pytest.mark.parametrize(("padded", "message"), [(True, "a mask hides some"), (False, "no convolution cuts images")])
+@pytest.mark.parametrize(("padded", "message"), [(True, "a mask, as padded text"), (False, "no convolution cuts")])
 def test_declines_text(padded, message):
     fast = torchaccel.compile(build("bert"), gate=False, **biformer())
     inputs = prompt(2, 64, padding=(0, 5) if padded else ())
