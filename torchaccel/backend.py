@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 from torchaccel.cost.assumed import assumed_facts
@@ -85,10 +84,13 @@ class Backend:
         if record.declined is None:
             try:
                 return self._accelerate(gm, inputs, options, record, compile_rest)
-            except (OptionsError, CacheMissError, CalibrationError, RestartAnalysis):
+            except (OptionsError, CacheMissError, CalibrationError):
                 raise
             except Exception as error:
-                if options.strict:
+                from torch._dynamo.exc import RestartAnalysis
+
+                # With a restart Dynamo asks itself for another graph: its own business, not a failure.
+                if options.strict or isinstance(error, RestartAnalysis):
                     raise
                 record.declined = f"{type(error).__name__}: {error}"
                 warnings.warn(
