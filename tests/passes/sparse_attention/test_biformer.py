@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 from torchaccel.kernels import ops, sparse_regions
 from torchaccel.kernels.candidates import Candidate
@@ -300,3 +301,23 @@ def test_few_patches_stay_exact_where_choosing_would_not_pay():
     assert "of the pairs are thought to be read" in gate and "it pays from" in gate
     (least,) = {site.sparse_from for site in record.sites}
     assert torch.equal(got, states(vit((24, 24), {}), images)) == (least > 577)
+
+
+def test_the_vision_tower_of_a_model_that_also_reads_text():
+    """Its tower is a graph of its own: a method for prompts treats the text."""
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=26, patch_size=2
+    )
+    text = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99, pad_token_id=0
+    )
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=98)
+    ).eval()
+    asked = [OPTIONS, {"method": "a_shape", "sinks": 1, "window": 20}]
+    fast = torchaccel.compile(model, gate=False, sparse_attention=asked)
+    inputs = prompt(1, 180)
+    inputs["input_ids"][:, 5:174] = 98
+    with torch.no_grad():
+        fast(**inputs, pixel_values=pixels(26, 26, 1))
+    assert torchaccel.report(fast).effective == {"biformer": {"encoder": 2}, "a_shape": {"prefill": 1}}
