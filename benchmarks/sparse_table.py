@@ -72,6 +72,8 @@ def variants(context: int, plans: dict[str, str]) -> Iterator[dict[str, Any]]:
         "xattention": [{"block": 64}],
     }
     for method in METHODS:
+        if method.phases == {"encoder"}:
+            continue  # it leaves a decoder as it is
         fields = method.Options.model_fields
         # Of a method that is not listed: its budget by its usual names, and no layers that stay dense.
         usual = {name: size for name in ("tokens", "budget") if name in fields}

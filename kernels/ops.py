@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_format, mixed_precision, ragged, registry, shared_prefix, sparse_prompt, staging
+from . import kv_format, mixed_precision, ragged, registry, shared_prefix, sparse_prompt, sparse_regions, staging
 from .fused_spec import FusedSpec
 from .gather_spec import GatherSpec
 from .pick import Pick
@@ -48,6 +48,7 @@ _SCHEMAS = {
     "attend_prompt_with": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, Tensor? head_windows, "
     "str plan) -> (Tensor, Tensor, Tensor)",
     "attend_prompt_sparse": "(Tensor q, Tensor k, Tensor v, Tensor? mask, str plan) -> (Tensor, Tensor, Tensor)",
+    "attend_regions": "(Tensor q, Tensor k, Tensor v, SymInt[] grid, str plan) -> (Tensor, Tensor)",
     "linear_rows": "(Tensor x, Tensor[] weights, Tensor?[] biases, str pick) -> Tensor[]",
     "fused_rows": "(Tensor[] inputs, str pick) -> Tensor[]",
     "gather_tokens": "(Tensor[] inputs, Tensor index, str spec) -> Tensor[]",
@@ -82,6 +83,7 @@ def library() -> torch.library.Library:
         lib.impl("attend_prompt_with", _attend_prompt_with, key)
         lib.impl("attend_prompt", _attend_prompt, key)
         lib.impl("attend_prompt_sparse", _attend_prompt_sparse, key)
+        lib.impl("attend_regions", _attend_regions, key)
         lib.impl("linear_rows", _linear_rows, key)
         lib.impl("fused_rows", _fused_rows, key)
         lib.impl("gather_tokens", _gather_tokens, key)
@@ -106,6 +108,7 @@ def library() -> torch.library.Library:
     torch.library.register_fake("torchaccel::attend_choosing", _attend_choosing_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_with", _attend_prompt_with_fake, lib=lib)
     torch.library.register_fake("torchaccel::attend_prompt_sparse", _attend_prompt_sparse_fake, lib=lib)
+    torch.library.register_fake("torchaccel::attend_regions", _attend_regions_fake, lib=lib)
     torch.library.register_fake("torchaccel::linear_rows", _linear_fake, lib=lib)
     torch.library.register_fake("torchaccel::fused_rows", _fused_fake, lib=lib)
     torch.library.register_fake("torchaccel::gather_tokens", _gather_tokens_fake, lib=lib)
@@ -360,6 +363,12 @@ def _attend_prompt_sparse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
     return out, mass, share
 
 
+def _attend_regions(q: Tensor, k: Tensor, v: Tensor, grid: list[int], plan: str) -> tuple[Tensor, Tensor]:
+    """Output, and the share of all pairs that was read; grid: rows and columns of patches."""
+    rows, columns = grid
+    return sparse_regions.attend(SparsePrompt.from_key(plan), q, k, v, (rows, columns))
+
+
 def _three(results: Any, spec: AttentionSpec) -> Results:
     """Output, log-sum-exp and mass; empty what the spec does not ask for: an operator returns what it declares."""
     out, *sides = results if isinstance(results, tuple) else (results,)
@@ -428,6 +437,10 @@ def _attend_prompt_with_fake(q: Tensor, k: Tensor, *rest: Any) -> Results:
 def _attend_prompt_sparse_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: str) -> Results:
     out, _, mass = _fakes(q, k.shape[1], k.shape[2], SparsePrompt.from_key(plan).sparse.spec)
     return out, mass, q.new_empty((), dtype=torch.float32)
+
+
+def _attend_regions_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like_query(q), q.new_empty((), dtype=torch.float32)
 
 
 def _fakes(q: Tensor, kv_heads: int, slots: int, spec: AttentionSpec) -> Results:

@@ -12,24 +12,24 @@ from torch import Tensor
 
 from . import prompt_selectors, registry
 from .plan import Plan
-from .prompt_selectors.base import PromptSelector
+from .prompt_selectors.base import BlockSelector, PromptSelector
 from .spec import AttentionSpec
 
 
 @dataclass(frozen=True)
 class SparsePrompt:
-    """What a compiled graph carries of a sparse prompt: who chooses, and the kernels for lists and for everything.
+    """What a compiled graph carries of sparse attention without a cache: who chooses, kernels for lists and for all.
 
-    least: tokens from which choosing pays; shorter prompts, and those of which everything would be read, run ``dense``.
+    least: tokens from which choosing pays; fewer, and those of which everything would be read, run ``dense``.
     """
 
-    selector: PromptSelector
+    selector: BlockSelector
     sparse: Plan
     dense: Plan
     least: int = 0
 
     def runs_dense(self, tokens: int) -> bool:
-        """Whether a prompt of ``tokens`` tokens attends to everything, without a choice."""
+        """Whether ``tokens`` tokens attend to everything, without a choice."""
         return tokens < self.least or self.selector.share(tokens) >= 1
 
     def switch(self) -> int | None:
@@ -65,9 +65,9 @@ class SparsePrompt:
         )
 
 
-def listed(spec: AttentionSpec, selector: PromptSelector) -> AttentionSpec:
-    """The attention of ``spec`` over the blocks that ``selector`` lists, of which none is later than its queries."""
-    return replace(spec, causal=True, index="blocks", index_block=selector.block)
+def listed(spec: AttentionSpec, selector: BlockSelector) -> AttentionSpec:
+    """The attention of ``spec`` over the blocks that ``selector`` lists; no later ones than the queries' if causal."""
+    return replace(spec, causal=selector.causal, index="blocks", index_block=selector.block)
 
 
 def attend(plan: SparsePrompt, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Any, Tensor]:
@@ -80,6 +80,7 @@ def attend(plan: SparsePrompt, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
         return registry.attend_prompt(plan.dense.key())(q, k, v, mask), q.new_ones((), dtype=torch.float32)
     first = first_live(mask, q.shape[0])
     spec, selector = plan.sparse.spec, plan.selector
+    assert isinstance(selector, PromptSelector)
     index = selector.select(spec, q, k, first)
     results = registry.attend_prompt(plan.sparse.key())(q, k, v, mask, index)
     return results, share_read(index, first, selector.block)

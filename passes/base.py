@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.fx import Graph, Node
-from torchaccel.kernels.prompt_selectors.base import PromptSelector
+from torchaccel.kernels.prompt_selectors.base import BlockSelector
 from torchaccel.kernels.spec import KVFormat
 
 from torchaccel.calibration.calibrator import Calibrator
@@ -45,6 +45,8 @@ class Reason(Enum):
     """Why a site was left as it was."""
 
     NOT_CAUSAL = "the attention is not causal self-attention over a cache"
+    NOT_BIDIRECTIONAL = "the attention is not bidirectional self-attention of an encoder"
+    NO_PATCHES = "regions are made of the patches of an image, which these tokens are not known to be"
     SLIDING_WINDOW = "the layer already attends to a sliding window"
     STATIC_CACHE = "the cache is a static buffer, in which only the mask knows where the tokens end"
     ALL_LOGITS = "the graph returns logits of every position, so no token may be dropped"
@@ -120,8 +122,8 @@ class SitePlan:
     them a step reads, None for all. leader: index of the site whose lists, and whose choice of the tokens that stay,
     this one shares. offload: folder of the files that hold the tokens, "host" for host memory, None for that of the
     device. keep: node int64 ``[B, K]``, the columns that survived token pruning in prefill. dropped: the layer never
-    runs in later phases, so nothing of its cache is stored. selector: which blocks of keys a prompt reads, None for
-    all.
+    runs in later phases, so nothing of its cache is stored. selector: which blocks of keys a prompt, or an
+    encoder, reads, None for all; grid: rows and columns of the patches that it is for, None for those of the graph.
     """
 
     window: int | None = None
@@ -136,7 +138,8 @@ class SitePlan:
     offload: str | None = None
     keep: Node | None = None
     dropped: bool = False
-    selector: PromptSelector | None = None
+    selector: BlockSelector | None = None
+    grid: tuple[int, int] | None = None
 
     @property
     def remembered(self) -> Selection | None:

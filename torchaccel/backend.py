@@ -87,7 +87,10 @@ class Backend:
             except (OptionsError, CacheMissError, CalibrationError):
                 raise
             except Exception as error:
-                if options.strict:
+                from torch._dynamo.exc import RestartAnalysis
+
+                # With a restart Dynamo asks itself for another graph: its own business, not a failure.
+                if options.strict or isinstance(error, RestartAnalysis):
                     raise
                 record.declined = f"{type(error).__name__}: {error}"
                 warnings.warn(

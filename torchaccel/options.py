@@ -234,9 +234,11 @@ def _keep_to(method: Method, phase: str, where: str) -> None:
         raise _unknown(f"phase of {method.family} method {method.name!r} (from {where})", phase, PHASES)
     if not method.sparse_in(PHASES[phase]):
         there = ", ".join(name for name, graphs in PHASES.items() if method.sparse_in(graphs))
+        instead = (
+            f"name it for {there}" if there else f"it is for {', '.join(method.phases)} graphs alone: name no phase"
+        )
         raise OptionsError(
-            f"{method.family} (from {where}) asks for {method.name!r} in {phase}, where it reads everything; "
-            f"name it for {there}"
+            f"{method.family} (from {where}) asks for {method.name!r} in {phase}, where it reads everything; {instead}"
         )
     method.keep_to(phase, PHASES[phase])
 

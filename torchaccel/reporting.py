@@ -77,7 +77,10 @@ class Report:
 
     @property
     def density(self) -> float | None:
-        """Part of the causal pairs that the last sparse prompt read, the mean of its sites; None without such sites."""
+        """Part of the pairs that the last sparse prompt (of its causal ones) or encoder read, the mean of its sites.
+
+        None without such sites.
+        """
         found = [record.counter.shares for record in self.records if record.counter.shares]
         return None if not found else float(torch.stack(found[-1]).mean())
 

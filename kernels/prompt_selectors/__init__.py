@@ -1,4 +1,4 @@
-"""Policies that choose which blocks of keys every block of a prompt's queries reads, from queries and keys alone."""
+"""Policies that choose which blocks of keys every block of queries reads, from queries and keys alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from functools import lru_cache
 from typing import Any
 
 from .adaptive import AdaptiveLines
-from .base import PromptSelector
+from .base import BlockSelector
 from .covering import CoveringLines
 from .estimated import EstimatedBlocks
 from .patterns import HeadPatterns
+from .regions import RoutedRegions
 from .semantic import SemanticBlocks
 from .static import ChunkedBlocks, StridedBlocks
 
-KINDS: dict[str, type[PromptSelector]] = {
+KINDS: dict[str, type[BlockSelector]] = {
     kind.__name__: kind
     for kind in (
         EstimatedBlocks,
@@ -24,12 +25,13 @@ KINDS: dict[str, type[PromptSelector]] = {
         StridedBlocks,
         ChunkedBlocks,
         SemanticBlocks,
+        RoutedRegions,
     )
 }
 
 
 @lru_cache(maxsize=1024)
-def from_key(key: str) -> PromptSelector:
+def from_key(key: str) -> BlockSelector:
     """The selector whose ``key()`` is ``key``."""
     fields = json.loads(key)
     kind = KINDS[fields.pop("kind")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torchaccel.kernels.candidates import candidates
 from torchaccel.kernels.plan import Plan
-from torchaccel.kernels.prompt_selectors.base import PromptSelector
+from torchaccel.kernels.prompt_selectors.base import BlockSelector
 from torchaccel.kernels.sparse_prompt import listed
 from torchaccel.kernels.spec import AttentionSpec
 
@@ -30,7 +30,7 @@ class Chooser:
         self.tuned = tuned
         self._plans: dict[tuple[AttentionSpec, AttentionShape], Plan] = {}
         self.compared: list[tuple[AttentionSpec, AttentionShape]] = []
-        self._verdicts: dict[tuple[AttentionSpec | PromptSelector, AttentionSpec, AttentionShape], Verdict] = {}
+        self._verdicts: dict[tuple[AttentionSpec | BlockSelector, AttentionSpec, AttentionShape], Verdict] = {}
 
     def plan(self, spec: AttentionSpec, shape: AttentionShape) -> Plan:
         """The candidates of an attention kernel over all numbers of stored tokens; ``shape.tokens`` is ignored."""
@@ -54,8 +54,8 @@ class Chooser:
             self._verdicts[key] = gate(asked, exact, shape, self.facts, self.tuned)
         return self._verdicts[key]
 
-    def sparse_verdict(self, selector: PromptSelector, exact: AttentionSpec, shape: AttentionShape) -> Verdict | None:
-        """Whether a prompt's lists pay, what they cost to choose included; None without facts of the device."""
+    def sparse_verdict(self, selector: BlockSelector, exact: AttentionSpec, shape: AttentionShape) -> Verdict | None:
+        """Whether lists of blocks pay, what they cost to choose included; None without facts of the device."""
         if self.facts is None:
             return None
         key = selector, exact, shape
@@ -63,14 +63,13 @@ class Chooser:
 
             def density(tokens: int) -> float:
                 # Of all pairs: half of them are causal.
-                causal = (tokens + 1) / (2 * tokens)
-                return causal * (selector.share(tokens) + selector.effort(tokens))
+                seen = (tokens + 1) / (2 * tokens) if selector.causal else 1.0
+                return seen * (selector.share(tokens) + selector.effort(tokens))
 
             asked = listed(exact, selector)
             found = gate(asked, exact, shape, self.facts, self.tuned, density=density)
-            assumed = (
-                f"{found.text}, of which {selector.share(shape.tokens):.2g} of the causal pairs are thought to be read"
-            )
+            pairs = "causal pairs" if selector.causal else "pairs"
+            assumed = f"{found.text}, of which {selector.share(shape.tokens):.2g} of the {pairs} are thought to be read"
             self._verdicts[key] = replace(found, text=assumed)
         return self._verdicts[key]
 

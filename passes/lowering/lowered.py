@@ -22,8 +22,8 @@ class LoweredSite:
     predicts of the lossy site against the exact one, in one line. rotary: whether the kernel does the rotary embedding
     of the queries and the new keys, too. bound: which KV heads the window binds, None for all. listed, listed_share:
     tokens of the list that a step reads, None without one, and the part of what is stored that it reads besides.
-    selector: who chooses what a prompt reads; sparse_from: the least number of tokens of which it does, shorter prompts
-    are dense.
+    selector: who chooses what a prompt or an encoder reads; sparse_from: the least number of tokens of which it does,
+    fewer attend to everything.
     """
 
     site: str

@@ -1,16 +1,19 @@
-"""Lowers attention of prompts over themselves, and says how their keys and values are stored."""
+"""Lowers attention of prompts and encoders over themselves, and says how a prompt's keys and values are stored."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Node
 from torchaccel.kernels.candidates import unsupported
+from torchaccel.kernels.prompt_selectors.regions import RoutedRegions
 from torchaccel.kernels.sparse_prompt import SparsePrompt, listed
 from torchaccel.kernels.spec import AttentionSpec, KVFormat, dtype_name
 
 from torchaccel.graph.anatomy import AttentionSite
+from torchaccel.graph.patches import find_patches
 from torchaccel.runtime.bindings import StoreBinding
 from torchaccel.runtime.eviction import Eviction
 
@@ -21,12 +24,14 @@ from .latents import LatentLowering, latent
 from .layouts import layouts_of
 from .lowered import LoweredSite
 from .prompt_outputs import prompt_outputs
-from .site import describe, fake, replace_site, size_of
+from .site import describe, fake, replace_site, size_node, size_of
 
 # The place of the mass among the results of attention with side results.
 MASS = 2
 # The places of the mass and of the share that was read, among the results of a sparse prompt.
 SPARSE_MASS, SHARE = 1, 2
+# Of the share that attention over regions read.
+REGION_SHARE = 1
 
 
 class PromptLowering:
@@ -71,19 +76,34 @@ class PromptLowering:
         return received if mass else None
 
     def _sparse(self, site: AttentionSite, judged: Judgement, dense: AttentionSpec) -> Node | None:
-        """Attention of a prompt over what its plan's selector chooses of it; returns as ``attend``."""
+        """Attention of tokens over what their plan's selector chooses of them; returns as ``attend``."""
         selector = judged.plan.selector
         assert selector is not None
         shape = self.draft.shape(site, size_of(fake(site.k).shape[2]))
         choice = self.draft.chooser.plan(listed(dense, selector), shape)
         prompt = SparsePrompt(selector, choice, self.draft.chooser.plan(dense, shape), judged.least)
-        target = torch.ops.torchaccel.attend_prompt_sparse.default
-        args = (site.q, site.k, site.v, site.mask, prompt.key())
-        received, share = replace_site(self.draft.graph, site, target, args, SPARSE_MASS, SHARE)
+        received = None
+        if isinstance(selector, RoutedRegions):
+            regions = (site.q, site.k, site.v, self._grid(site, judged.plan), prompt.key())
+            target = torch.ops.torchaccel.attend_regions.default
+            (share,) = replace_site(self.draft.graph, site, target, regions, REGION_SHARE)
+        else:
+            target = torch.ops.torchaccel.attend_prompt_sparse.default
+            args = (site.q, site.k, site.v, site.mask, prompt.key())
+            received, share = replace_site(self.draft.graph, site, target, args, SPARSE_MASS, SHARE)
         self.draft.signature.shares.append(self.draft.signature.extra_output(share))
         self.draft.note(site, choice, shape, "none", judged.plan)
         self.draft.sites[-1].selector, self.draft.sites[-1].sparse_from = type(selector).__name__, prompt.switch()
         return received if dense.mass else None
+
+    def _grid(self, site: AttentionSite, plan: SitePlan) -> list[Any]:
+        """Rows and columns of the patches of ``site``, numbers or nodes."""
+        if plan.grid is not None:
+            return list(plan.grid)
+        patches = find_patches(site.q)
+        assert patches is not None
+        with self.draft.graph.inserting_before(site.node):
+            return [size_node(patches, dim) for dim in (2, 3)]
 
     def store(self, site: AttentionSite, judged: Judgement) -> None:
         """As ``attend``, with the keys and values put into storage."""

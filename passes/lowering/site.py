@@ -53,6 +53,16 @@ def size_of(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
+def size_node(node: Node, dim: int) -> int | Node:
+    """A size of a node for the arguments of another, which is inserted where the graph's cursor stands."""
+    size = fake(node).shape[dim]
+    if isinstance(size, int):
+        return size
+    found = node.graph.call_method("size", (node, dim))
+    found.meta["example_value"] = size
+    return found
+
+
 def static(size: Any) -> int | None:
     """A size that is the same in every call, or None."""
     return size if isinstance(size, int) else None

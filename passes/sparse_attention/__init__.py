@@ -1,6 +1,7 @@
 """The methods of the sparse_attention family: one file each, listed here."""
 
 from .a_shape import AShape
+from .biformer import BiFormer
 from .double_sparsity import DoubleSparsity
 from .duo_attention import DuoAttentionReading
 from .flex_prefill import FlexPrefill
@@ -29,6 +30,7 @@ METHODS = (
     LoopServePrompt,
     VideoXLPrompt,
     InfLLMv2,
+    BiFormer,
     Quest,
     DoubleSparsity,
     TidalDecode,

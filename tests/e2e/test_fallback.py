@@ -168,3 +168,12 @@ def test_the_exact_road_is_quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*torchaccel.*")
         greedy(fast, prompt(1, 9), 3)
+
+
+def test_dynamo_may_start_over_with_the_numbers_of_another_model():
+    """The scale of the second model is another one: Dynamo takes it for a variable, and starts over when it is none."""
+    for heads in (4, 2):
+        model = torchaccel.compile(build("vit", layers=1, num_attention_heads=heads))
+        with torch.no_grad():
+            model(torch.randn(1, 3, 16, 16))
+        assert not torchaccel.report(model).declines

@@ -278,6 +278,7 @@ class Toy(nn.Module):
     ("keys", "kind"),
     [
         (lambda k, past: (torch.cat([past.flip(2), k], 2), past + 1), "unknown"),
+        (lambda k, past: (torch.cat([k[:, :, :1], k[:, :, 1:] * 2], 2), past), "none"),
         (lambda k, past: (past * 2, past), "unknown"),
         (lambda k, past: (past, k), "cross"),
         (lambda k, past: (k, k), "fresh"),

@@ -63,6 +63,18 @@ def test_matches_the_reference(name: str, length: int) -> None:
             break
 
 
+@pytest.mark.parametrize("length", [6, 64, 123, 300])
+def test_a_mask_that_hides_the_same_keys_of_all_queries(length: int) -> None:
+    case = SPECS["f32_encoder_softcap"]
+    q, k, v = inputs(case, 2, length)
+    hidden = torch.rand(2, 1, 1, length) < torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
+    hidden[0, ..., 5:] = True
+    hidden[1, ..., 64:128] = True
+    for mask in (~hidden.expand(-1, -1, length, -1), ~hidden[1:].expand(-1, 2, length, -1)):
+        expected = reference.prefill_attention(case, q, k, v, mask)
+        assert_close(case, window_prefill.prefill_attention(case)(q, k, v, mask), expected)
+
+
 def test_causal_agrees_with_stock_attention() -> None:
     case = SPECS["bf16_causal"]
     q, k, v = inputs(case, 1, 200)

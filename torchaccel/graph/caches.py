@@ -49,6 +49,8 @@ def find_cache(full: Node, q: Node, outputs: set[Node]) -> CacheSite:
     if written is not None:
         return written
     past, new = _split_cat(full)
+    if past is not None and new is not None and _is_of_this_call(past, new):
+        past, new = None, full
     if past is None and new is None:
         if full.op == "placeholder":
             return CacheSite("cross", None, full, full, None)
@@ -75,6 +77,12 @@ def _split_cat(full: Node) -> tuple[Node | None, Node | None]:
         return None, None
     past, new = parts
     return (None if _is_empty(past) else past), new
+
+
+def _is_of_this_call(past: Node, new: Node) -> bool:
+    """Whether both parts are projected from the same tokens, of which only the second part was given positions."""
+    sources = projection_inputs(past)
+    return bool(sources) and sources <= projection_inputs(new)
 
 
 def _is_empty(node: Node) -> bool:

@@ -131,7 +131,7 @@ class Bindings:
     ``[3]``, with prefixes or classes ``[1 + their number, 3]``, when ragged ``[4]``), the rotary table of the first
     layer that has it, and the state of the layout's selection. results: for each result of the compiled graph its
     position among the model's; positions from ``result_count`` on are for the stores, and for shares: where sparse
-    prompts say what part of the causal pairs they read.
+    prompts and encoders say what part of the pairs they read.
     """
 
     arguments: tuple[int, ...]

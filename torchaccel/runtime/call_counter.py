@@ -25,8 +25,8 @@ class CallCounter:
     kv_bytes, file_bytes: those in memory, and those in files. host_bytes: set aside in host memory; part of the KV
     bytes where the caches are there, too, and else beside them. layers: by layer, in the order of the model; what
     layers share is counted in each. unshared: why rows that begin alike came with, or were given, copies of what they
-    could have shared. shares: what part of the causal pairs each sparse site of a prompt read in the last call, scalars
-    on the model's device.
+    could have shared. shares: what part of the pairs (a prompt's causal ones) each sparse site without a cache read in
+    the last call, scalars on the model's device.
     """
 
     def __init__(self) -> None:

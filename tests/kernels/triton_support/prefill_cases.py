@@ -99,6 +99,7 @@ PREFILL_CASES = [
     ),
     PrefillCase("prefill_blocks_masked", index_block=48, tokens=130, mask="bool", left_padding=(42,), tile=(16, 16)),
     PrefillCase("prefill_blocks_not_causal", index_block=32, tokens=100, causal=False, window=None, dtype="float32"),
+    PrefillCase("prefill_blocks_encoder", index_block=64, tokens=205, causal=False, window=None, mask="bool", group=1),
 ]
 
 
