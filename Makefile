@@ -55,18 +55,29 @@ bench: setup
 		--options '{"sparse_attention": {"method": "streaming_llm", "sinks": 4, "window": 256}}' \
 		--tasks perplexity,agreement,recall --json $(RESULTS)/evaluate-demo.json
 
-# Methods that read a sixteenth of 32k tokens, beside int4 and int2; a run of its own, as variants that are timed in turns
-# push each other out of the caches.
+# Methods that read a sixteenth of 32k tokens in every layer, beside int4 and int2; a run of its own, as variants that are
+# timed in turns push each other out of the caches. Then those that read pages, of four times the tokens, and prompts.
 bench-sparse: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/torchaccel bench decode --model llama-110m --context 32768 --warm \
 		--options '{"kv_compression": "int4"}' --options '{"kv_compression": "int2"}' \
-		--options '{"sparse_attention": {"method": "quest", "tokens": 2048, "page": 16}}' \
-		--options '{"sparse_attention": {"method": "quest", "tokens": 2048, "page": 64}}' \
-		--options '{"sparse_attention": {"method": "double_sparsity", "tokens": 2048}}' \
-		--options '{"sparse_attention": {"method": "tidal_decode", "tokens": 2048}}' \
+		--options '{"sparse_attention": {"method": "quest", "tokens": 2048, "dense_layers": 0}}' \
+		--options '{"sparse_attention": {"method": "quest", "tokens": 2048}}' \
+		--options '{"sparse_attention": {"method": "double_sparsity", "tokens": 2048, "dense_layers": 0}}' \
+		--options '{"sparse_attention": {"method": "tidal_decode", "tokens": 2048, "dense_layers": 0}}' \
 		--options '{"sparse_attention": {"method": "lserve", "tokens": 2048}}' \
 		--json $(RESULTS)/decode-32k-sparse.json
+	$(BIN)/torchaccel bench decode --model llama-110m --context 131072 --warm --baselines eager \
+		--options '{"sparse_attention": {"method": "quest", "tokens": 2048, "dense_layers": 0}}' \
+		--options '{"sparse_attention": {"method": "lserve", "tokens": 2048}}' \
+		--json $(RESULTS)/decode-128k-sparse.json
+	$(BIN)/torchaccel bench prefill --model llama-110m --context 16384 --warm --baselines inductor \
+		--options '{"sparse_attention": {"method": "xattention", "block": 64, "threshold": 0.5}}' \
+		--options '{"sparse_attention": {"method": "flex_prefill", "gamma": 0.5, "min_budget": 128}}' \
+		--options '{"sparse_attention": {"method": "minference", "vertical": 256, "slash": 1024}}' \
+		--options '{"sparse_attention": {"method": "loopserve", "alpha": 0.5}}' \
+		--options '{"sparse_attention": {"method": "infllm_v2", "dense_len": 0, "blocks": 32, "window": 1024}}' \
+		--json $(RESULTS)/prefill-16k.json
 
 # What `bench --baselines hf_quantized,kvpress:<press>` needs. kvpress wants a transformers older than ours and lives in
 # an environment of its own; of torchaccel that environment uses the measuring code alone, so it gets no dependencies.

@@ -14,6 +14,7 @@ from torchaccel.evaluation.baselines.static import Static
 from torchaccel.evaluation.bench import Setup, run_bench
 from torchaccel.evaluation.case import Case
 from torchaccel.evaluation.compiled import Compiled
+from torchaccel.evaluation.decode import TURN
 from torchaccel.evaluation.results import exit_code, write_document
 from torchaccel.evaluation.runners import parse_baselines
 from torchaccel.evaluation.variants import Variant, torchaccel_variants
@@ -53,7 +54,7 @@ def test_decode(folder: Path) -> None:
     assert exact["compile_s"]["warm"] > 0
     assert exact["compile_s"]["cold"] is None
     assert found["eager"]["graphs"] is None
-    assert found["eager"]["kv_bytes"] == 2 * 2 * 16 * 4 * (200 + 2 + 1 + 5 + 2)
+    assert found["eager"]["kv_bytes"] == 2 * 2 * 16 * 4 * (200 + 2 + 1 + 5 * TURN + 2)
     assert exact["bound_ms"] > 0
 
 

@@ -38,7 +38,7 @@ def decode(
     options: Options = None,
     json_out: JsonOut = None,
     html: HtmlOut = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each variant.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Timed turns of each variant, of four steps.")] = 20,
     warmup: Warmup = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -1,8 +1,9 @@
-"""One new token at a time after a long cache: every variant steps in turn on the same cache content."""
+"""One new token at a time after a long cache: every variant steps in its turn on the same cache content."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .session import Session
 from .variants import Variant
 
 FIDELITY_STEPS = 2
+# Steps of a turn. The first one, which is not timed, finds the processor's caches full of what other variants read.
+TURN = 5
 # Inductor compiles the first step for one length and the second for every length; the third is a usual one.
 COMPILING_STEPS = 3
 
@@ -27,13 +30,13 @@ def run_decode(session: Session, variants: Sequence[Variant]) -> list[Result]:
     """Measure ``variants`` on decode steps after ``case.context`` cached tokens of random content.
 
     The first steps of every variant are compared with the float32 eager model on the same content; the timed steps
-    follow, one step of each variant in turn. The cache holds plain tensors that are shared by all variants until each
-    one's first step.
+    follow, in turns of ``TURN`` steps, as a decoder makes one after another. A sample is the mean of a turn's steps but
+    the first. The cache holds plain tensors that are shared by all variants until each one's first step.
     """
     case = session.case
     content = random_content(session.facts, case.batch, case.context, session.device)
     # Two steps for the memory profile come after the timed ones.
-    steps = FIDELITY_STEPS + case.warmup + case.rounds + 2
+    steps = FIDELITY_STEPS + case.warmup + case.rounds * TURN + 2
     tokens = _tokens(session, steps)
     truth = eager = None
     session.progress.begin(len(variants) + case.rounds + 2)
@@ -54,7 +57,7 @@ def run_decode(session: Session, variants: Sequence[Variant]) -> list[Result]:
 
     results, arms = session.prepare(variants, start)
     content.clear()
-    samples = session.race(arms, {label: decoders[label].timed_step for label in arms})
+    samples = session.race(arms, {label: decoders[label].timed_turn for label in arms})
     session.finish(arms, samples, lambda arm: _finish(session, arm, decoders[arm.variant.label]))
     decoders.clear()
 
@@ -93,10 +96,13 @@ class Decoder:
         # A copy: the next replay of a CUDA graph writes its result to the same place.
         return logits[0][:, -1].clone()
 
-    def timed_step(self) -> float:
-        """Feed the next token; the milliseconds it took."""
-        self.step()
-        return self._last_ms
+    def timed_turn(self) -> float:
+        """Feed the next ``TURN`` tokens; the milliseconds that one took, the mean of all but the first."""
+        took = []
+        for _ in range(TURN):
+            self.step()
+            took.append(self._last_ms)
+        return mean(took[1:])
 
 
 def random_content(facts: ModelFacts, batch: int, context: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
