@@ -71,7 +71,7 @@ bench-sparse: setup
 		--options '{"sparse_attention": {"method": "quest", "tokens": 2048, "dense_layers": 0}}' \
 		--options '{"sparse_attention": {"method": "lserve", "tokens": 2048}}' \
 		--json $(RESULTS)/decode-128k-sparse.json
-	$(BIN)/torchaccel bench prefill --model llama-110m --context 16384 --warm --baselines inductor \
+	$(BIN)/torchaccel bench prefill --model llama-110m --context 16384 --warm --baselines inductor --prompts 3 --warmup 1 \
 		--options '{"sparse_attention": {"method": "xattention", "block": 64, "threshold": 0.5}}' \
 		--options '{"sparse_attention": {"method": "flex_prefill", "gamma": 0.5, "min_budget": 128}}' \
 		--options '{"sparse_attention": {"method": "minference", "vertical": 256, "slash": 1024}}' \
