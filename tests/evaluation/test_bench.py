@@ -102,7 +102,7 @@ def test_a_cold_run_tells_cold_and_warm_compile_time(folder: Path) -> None:
     (static,) = run_bench(case, parse_baselines("static"), setup, [])["results"]
     assert (static["status"], static["graphs"], static["recompiles"]) == ("ok", 1, 0), static
     assert static["compile_s"]["cold"] > static["compile_s"]["warm"] > 0
-    assert static["kv_bytes"] == 2 * 2 * 16 * 4 * (64 + 2 + 1 + 1 + 2)
+    assert static["kv_bytes"] == 2 * 2 * 16 * 4 * (64 + 2 + 1 + TURN + 2)
 
 
 def test_an_interrupted_run_leaves_a_document_of_what_was_finished(
